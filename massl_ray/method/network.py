@@ -1,0 +1,164 @@
+"""The encoder: any timm backbone, a projection head, a unit vector. Student and teacher are two of these."""
+
+import difflib
+from collections.abc import Sequence
+from pathlib import Path
+
+import timm
+import torch
+from timm.layers import DropPath
+from torch import Tensor, nn
+
+from massl_ray.config import Config, HeadSection, ModelSection
+from massl_ray.errors import UserError
+from massl_ray.keyed import Stream, generator, seed_for
+
+
+class KeyedDropPath(nn.Module):
+    """Stochastic depth whose coin flips are handed in, so that they depend on the image's place in the batch and on nothing else."""
+
+    def __init__(self, drop_probability: float):
+        super().__init__()
+        self.drop_probability = drop_probability
+        self.uniform: Tensor | None = None  # (rows,) in [0, 1), set by Encoder.forward for the length of one call
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.uniform is None:
+            return x
+        keep = (self.uniform >= self.drop_probability).to(x.dtype) / (1.0 - self.drop_probability)
+        return x * keep.view(-1, *[1] * (x.ndim - 1))
+
+
+class Head(nn.Module):
+    """Multi-layer perceptron onto the sphere. (rows, features) -> (rows, D)"""
+
+    def __init__(self, features: int, config: HeadSection):
+        super().__init__()
+        widths = [features, *[config.hidden_dim] * (config.num_layers - 1), config.dim]
+        layers: list[nn.Module] = []
+        for i, (fan_in, fan_out) in enumerate(zip(widths, widths[1:], strict=False)):
+            layers.append(nn.Linear(fan_in, fan_out))
+            if i < config.num_layers - 1:
+                layers += [nn.BatchNorm1d(fan_out)] * config.batch_norm + [nn.GELU()]
+        self.mlp = nn.Sequential(*layers)
+        for layer in self.mlp:
+            if isinstance(layer, nn.Linear):
+                nn.init.trunc_normal_(layer.weight, std=0.02)
+                nn.init.zeros_(layer.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.normalize(self.mlp(x), dim=1)
+
+
+class Encoder(nn.Module):
+    """Backbone and head. The backbone may run in bf16 (autocast by the caller); the head and its unit vector are full precision,
+    because embeddings that collapse do so first where 16 bits round their differences away."""
+
+    def __init__(self, backbone: nn.Module, head: nn.Module):
+        super().__init__()
+        self.backbone, self.head = backbone, head
+        self.drop_paths = [module for module in backbone.modules() if isinstance(module, KeyedDropPath)]
+
+    def forward(self, views: Sequence[Tensor], drop_path: Tensor | None = None) -> Tensor:
+        """Embed groups of views, one group a resolution.
+
+        Args:
+            views: tensors (n_i, 3, H_i, W_i), normalized.
+            drop_path: uniform draws (layers, sum of n_i), or None for no stochastic depth.
+        Returns:
+            (sum of n_i, D) unit rows, in the order of the groups.
+        """
+        features, first = [], 0
+        for images in views:
+            self._hand_out(None if drop_path is None else drop_path[:, first : first + len(images)])
+            features.append(self.backbone(images))
+            first += len(images)
+        self._hand_out(None)
+        with torch.autocast(images.device.type, enabled=False):
+            return self.head(torch.cat(features).to(next(self.head.parameters()).dtype))
+
+    def _hand_out(self, uniform: Tensor | None) -> None:
+        for layer, module in enumerate(self.drop_paths):
+            module.uniform = None if uniform is None else uniform[layer]
+
+
+def build_encoder(config: Config, *, drop_path: float = 0.0) -> Encoder:
+    """A fresh encoder, a pure function of (configuration, run.seed)."""
+    with torch.random.fork_rng(devices=[]):  # timm initializes from the global generator: lend it ours and take it back
+        torch.manual_seed(seed_for(Stream.WEIGHTS, config.run.seed))
+        backbone = build_backbone(config.model, config.views.global_size, drop_path)
+        head = Head(backbone.num_features, config.head)  # type: ignore[arg-type]
+    return Encoder(backbone, head)
+
+
+def build_backbone(config: ModelSection, image_size: int, drop_path: float = 0.0) -> nn.Module:
+    """Any timm model without its classifier; transformers are made for `image_size` and take any other.
+
+    Raises:
+        UserError: unknown name (with the nearest ones), unreadable weights, or stochastic depth where the model has none.
+    """
+    check_name(config.backbone)
+    arguments = {"num_classes": 0, "pretrained": config.init == "pretrained"}
+    if drop_path:
+        arguments["drop_path_rate"] = drop_path
+    model = None
+    for extra in ({"img_size": image_size, "dynamic_img_size": True}, {"img_size": image_size}, {}):
+        try:
+            model = timm.create_model(config.backbone, **arguments, **extra)
+            break
+        except TypeError as error:
+            refused = error
+    if model is None:
+        raise UserError(f"model.backbone {config.backbone} cannot be built: {refused}.")
+    if config.init not in ("random", "pretrained"):
+        load_weights(model, Path(config.init))
+    replaced = _replace_drop_path(model)
+    if drop_path and not replaced:
+        raise UserError(f"model.backbone {config.backbone} has no stochastic depth: set model.drop_path to 0.")
+    return model
+
+
+def check_name(name: str) -> None:
+    names = timm.list_models()
+    if name.split(".")[0] not in names:
+        close = difflib.get_close_matches(name, names, n=3, cutoff=0.4)
+        hint = f"; close ones are {', '.join(close)}" if close else ""
+        raise UserError(f"model.backbone '{name}' is no timm model{hint}. timm.list_models() lists them all.")
+
+
+def load_weights(model: nn.Module, path: Path) -> None:
+    """Load a state dict without executing code. Raises UserError for a file that does not fit."""
+    from safetensors.torch import load_file
+
+    try:
+        weights = load_file(path) if path.suffix == ".safetensors" else torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise UserError(f"model.init: the weights file {path} cannot be read ({type(error).__name__}: {error}).") from None
+    try:
+        model.load_state_dict(weights, strict=True)
+    except RuntimeError as error:
+        raise UserError(f"model.init: {path} does not fit the backbone. {str(error).splitlines()[-1].strip()}") from None
+
+
+def num_drop_paths(encoder: Encoder) -> int:
+    return len(encoder.drop_paths)
+
+
+def drop_path_draws(encoder: Encoder, seed: int, step: int, micro_batch: int, size: int, num_views: int) -> Tensor | None:
+    """Uniform draws (layers, V*size), view-major, for one micro-batch: keyed by (seed, step, place in the batch)."""
+    if not encoder.drop_paths:
+        return None
+    draws = generator(Stream.DROP_PATH, seed, step, micro_batch).random((len(encoder.drop_paths), num_views * size), dtype="float32")
+    return torch.from_numpy(draws)
+
+
+def _replace_drop_path(module: nn.Module) -> int:
+    replaced = 0
+    for name, child in module.named_children():
+        if isinstance(child, DropPath):
+            probability = float(child.drop_prob or 0.0)
+            setattr(module, name, KeyedDropPath(probability) if probability else nn.Identity())
+            replaced += probability > 0
+        else:
+            replaced += _replace_drop_path(child)
+    return replaced

@@ -1,0 +1,31 @@
+"""Running statistics (batch norm's) that do not depend on how micro-batches are shared out or in which order they ran."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+
+class RunningStatistics:
+    """Every micro-batch of a step starts from the values before the step; the step ends with the mean of what they became."""
+
+    def __init__(self, *modules: nn.Module):
+        buffers = [buffer for module in modules for buffer in module.buffers() if buffer.is_floating_point()]
+        self.buffers: list[Tensor] = [buffer for buffer in buffers if buffer.numel()]
+        self.before = [buffer.clone() for buffer in self.buffers]
+        self.sums = [torch.zeros_like(buffer) for buffer in self.buffers]
+
+    @torch.no_grad()
+    def after_micro_batch(self) -> None:
+        if self.buffers:
+            torch._foreach_add_(self.sums, self.buffers)
+            torch._foreach_copy_(self.buffers, self.before)
+
+    @torch.no_grad()
+    def finish(self, num_micro_batches: int, total: Callable[[Tensor], Tensor]) -> None:
+        """`total` sums a flat tensor over workers; `num_micro_batches` counts those of all workers."""
+        if not self.buffers:
+            return
+        flat = total(torch.cat([value.flatten() for value in self.sums])) / num_micro_batches
+        pieces = flat.split([buffer.numel() for buffer in self.buffers])
+        torch._foreach_copy_(self.buffers, [piece.view_as(buffer) for piece, buffer in zip(pieces, self.buffers, strict=True)])

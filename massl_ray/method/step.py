@@ -1,0 +1,167 @@
+"""One training step, a function of (state, batch): no I/O, no global random state, no rank look-ups."""
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from massl_ray.method.koleo import koleo_loss
+from massl_ray.method.memory import Memory
+from massl_ray.method.network import Encoder
+from massl_ray.method.optim import clip_per_parameter, set_schedule, update_teacher
+from massl_ray.method.readout import readout_loss
+from massl_ray.method.running import RunningStatistics
+from massl_ray.method.schedules import Schedule
+
+
+@dataclass
+class State:
+    """All that training changes. `replica` is the student as it is called: itself, or wrapped for gradient averaging."""
+
+    student: Encoder
+    teacher: Encoder
+    optimizer: torch.optim.Optimizer
+    memory: Memory
+    replica: nn.Module
+    step: int = 0
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """Views of b images, uint8 in RGB, channels last."""
+
+    global_views: Tensor  # (b, 2, H, W, 3)
+    local_views: Tensor  # (b, V-2, h, w, 3); V-2 may be 0
+    drop_path: Tensor | None  # uniform draws (layers, V*b), or None
+
+
+@dataclass(frozen=True)
+class Batch:
+    """This worker's micro-batches, in batch order, and what all workers share."""
+
+    micro_batches: Sequence[MicroBatch]
+    permutation: Tensor  # (K // S * S,) slots in block order
+    num_micro_batches: int  # of all workers
+
+
+@dataclass(frozen=True)
+class StepSettings:
+    """What stays the same from step to step."""
+
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    block_size: int
+    student_temp: float
+    koleo_weight: float
+    clip_norm: float
+    autocast: torch.dtype | None
+    device: torch.device
+    dtype: torch.dtype = torch.float32  # of parameters and pixels
+
+
+class Collectives(Protocol):
+    """What the step needs of other workers; `massl_ray.training.collectives` has a local and a distributed one."""
+
+    def start_gather(self, rows: Tensor) -> Callable[[], Tensor]:
+        """Start gathering each worker's rows; the result waits and returns all of them in batch order."""
+        ...
+
+    def total(self, values: Tensor) -> Tensor:
+        """Sum over workers, the same on each."""
+        ...
+
+    def accumulate(self, replica: nn.Module, last: bool) -> AbstractContextManager:
+        """Around a backward pass: gradients are averaged over workers after the last one only."""
+        ...
+
+    @property
+    def world_size(self) -> int: ...
+
+
+METRICS = ("loss", "teacher_entropy", "student_entropy", "agreement", "koleo", "embedding_std", "effective_rank", "grad_norm")
+
+
+def train_step(state: State, batch: Batch, schedule: Schedule, settings: StepSettings, collectives: Collectives) -> Tensor:
+    """Advance `state` by one optimizer step and return the METRICS, (len(METRICS),), the same on every worker, without waiting
+    for the device. The batch is compared with the memory as it was before; it is written afterwards."""
+    running = RunningStatistics(state.student, state.teacher)
+    views = [prepare_views(micro, settings) for micro in batch.micro_batches]
+
+    with torch.no_grad(), _autocast(settings):
+        targets = []
+        for groups in views:
+            targets.append(state.teacher(groups[:1]))
+            running.after_micro_batch()
+    second_global = torch.cat([rows.chunk(2)[1] for rows in targets])
+    gathered = collectives.start_gather(second_global)
+
+    sums = torch.zeros(5, device=settings.device, dtype=targets[0].dtype)
+    state.optimizer.zero_grad(set_to_none=True)
+    for i, (micro, groups, target) in enumerate(zip(batch.micro_batches, views, targets, strict=True)):
+        with collectives.accumulate(state.replica, last=i == len(views) - 1):
+            with _autocast(settings):
+                embeddings = state.replica(groups, micro.drop_path)
+            read = readout_loss(
+                embeddings,
+                target,
+                state.memory.rows,
+                batch.permutation,
+                num_views=len(embeddings) // (len(target) // 2),
+                block_size=settings.block_size,
+                student_temp=settings.student_temp,
+                teacher_temp=schedule.teacher_temp,
+            )
+            spread = _koleo(embeddings, len(target) // 2) if settings.koleo_weight else torch.zeros_like(read.loss)
+            loss = read.loss + settings.koleo_weight * spread
+            # Gradients are averaged over workers, whose shares may differ: weigh by the micro-batches of all.
+            (loss * (collectives.world_size / batch.num_micro_batches)).backward()
+        running.after_micro_batch()
+        sums += torch.stack([loss.detach(), read.teacher_entropy, read.student_entropy, read.agreement, spread.detach()])
+
+    norms = clip_per_parameter(state.student.parameters(), settings.clip_norm)
+    set_schedule(state.optimizer, schedule.lr, schedule.weight_decay)
+    state.optimizer.step()
+    update_teacher(state.teacher, state.student, schedule.teacher_momentum)
+    running.finish(batch.num_micro_batches, collectives.total)
+    newest = gathered()
+    state.memory.write(newest)
+    state.step += 1
+    means = collectives.total(sums) / batch.num_micro_batches
+    return torch.cat([means, embedding_spread(newest), norms.norm().to(means.dtype).unsqueeze(0)])
+
+
+def prepare_views(micro: MicroBatch, settings: StepSettings) -> list[Tensor]:
+    """Normalize on the device: one tensor (n*b, 3, H, W) a resolution, view-major, channels last in memory."""
+    mean = torch.tensor(settings.mean, device=settings.device, dtype=settings.dtype) * 255
+    scale = 1.0 / (torch.tensor(settings.std, device=settings.device, dtype=settings.dtype) * 255)
+    groups = []
+    for views in (micro.global_views, micro.local_views):
+        if views.shape[1]:
+            pixels = views.to(settings.device, non_blocking=True).transpose(0, 1).flatten(0, 1)
+            groups.append(((pixels.to(settings.dtype) - mean) * scale).permute(0, 3, 1, 2))
+    return groups
+
+
+@torch.no_grad()
+def embedding_spread(embeddings: Tensor) -> Tensor:
+    """(embedding_std, effective_rank) of (B, D) unit rows.
+
+    embedding_std: root of the rows' total variance; 1 when they lie evenly over the sphere, 0 when they are one point.
+    effective_rank: participation ratio (tr C)^2 / tr(C^2) of their covariance C, between 1 and min(B - 1, D).
+    """
+    centered = (embeddings - embeddings.mean(0)).float()
+    gram = centered @ centered.T if len(centered) < centered.shape[1] else centered.T @ centered
+    trace = gram.diagonal().sum()
+    rank = trace.square() / gram.square().sum().clamp_min(1e-20)
+    return torch.stack([(trace / len(centered)).clamp_min(0).sqrt(), rank]).to(embeddings.dtype)
+
+
+def _koleo(embeddings: Tensor, batch: int) -> Tensor:
+    return (koleo_loss(embeddings[:batch]) + koleo_loss(embeddings[batch : 2 * batch])) / 2
+
+
+def _autocast(settings: StepSettings) -> AbstractContextManager:
+    return torch.autocast(settings.device.type, dtype=settings.autocast or torch.bfloat16, enabled=settings.autocast is not None)
