@@ -197,7 +197,9 @@ class EvalSection(Section):
     """Neighbours that vote."""
     knn_temp: Positive = 0.07
     """Temperature of the votes' weights."""
-    max_images: Annotated[int, Field(ge=2)] = 20000
+    crop: Share = 0.875
+    """Share of the shorter side that the centred evaluation view covers."""
+    max_images: Annotated[int, Field(ge=2)] = 5000
     """At most this many images each side, evenly spaced through the listing."""
 
 

@@ -118,6 +118,20 @@ def build_backbone(config: ModelSection, image_size: int, drop_path: float = 0.0
     return model
 
 
+def check_backbone(config: Config) -> None:
+    """Build the backbone without memory and send it one view of each size. Raises UserError for what would fail later."""
+    check_name(config.model.backbone)
+    with torch.device("meta"), torch.no_grad():
+        backbone = build_backbone(config.model.model_copy(update={"init": "random"}), config.views.global_size, config.model.drop_path).eval()
+        for key in ("global_size", "local_size")[: 2 if config.views.num_local else 1]:
+            side = getattr(config.views, key)
+            try:
+                backbone(torch.empty(2, 3, side, side))
+            except (AssertionError, RuntimeError, ValueError) as error:
+                reason = " ".join(str(error).split())
+                raise UserError(f"model.backbone {config.model.backbone} does not take views.{key} {side}: {reason}") from None
+
+
 def check_name(name: str) -> None:
     names = timm.list_models()
     if name.split(".")[0] not in names:

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 class RunningStatistics:
     """Every micro-batch of a step starts from the values before the step; the step ends with the mean of what they became."""
 
-    def __init__(self, *modules: nn.Module):
-        buffers = [buffer for module in modules for buffer in module.buffers() if buffer.is_floating_point()]
+    def __init__(self, module: nn.Module):
+        buffers = [buffer for buffer in module.buffers() if buffer.is_floating_point()]
         self.buffers: list[Tensor] = [buffer for buffer in buffers if buffer.numel()]
         self.before = [buffer.clone() for buffer in self.buffers]
         self.sums = [torch.zeros_like(buffer) for buffer in self.buffers]

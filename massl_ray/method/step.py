@@ -87,14 +87,14 @@ METRICS = ("loss", "teacher_entropy", "student_entropy", "agreement", "koleo", "
 def train_step(state: State, batch: Batch, schedule: Schedule, settings: StepSettings, collectives: Collectives) -> Tensor:
     """Advance `state` by one optimizer step and return the METRICS, (len(METRICS),), the same on every worker, without waiting
     for the device. The batch is compared with the memory as it was before; it is written afterwards."""
-    running = RunningStatistics(state.student, state.teacher)
+    student_statistics, teacher_statistics = RunningStatistics(state.student), RunningStatistics(state.teacher)
     views = [prepare_views(micro, settings) for micro in batch.micro_batches]
 
     with torch.no_grad(), _autocast(settings):
         targets = []
         for groups in views:
             targets.append(state.teacher(groups[:1]))
-            running.after_micro_batch()
+            teacher_statistics.after_micro_batch()
     second_global = torch.cat([rows.chunk(2)[1] for rows in targets])
     gathered = collectives.start_gather(second_global)
 
@@ -118,14 +118,15 @@ def train_step(state: State, batch: Batch, schedule: Schedule, settings: StepSet
             loss = read.loss + settings.koleo_weight * spread
             # Gradients are averaged over workers, whose shares may differ: weigh by the micro-batches of all.
             (loss * (collectives.world_size / batch.num_micro_batches)).backward()
-        running.after_micro_batch()
+        student_statistics.after_micro_batch()
         sums += torch.stack([loss.detach(), read.teacher_entropy, read.student_entropy, read.agreement, spread.detach()])
 
     norms = clip_per_parameter(state.student.parameters(), settings.clip_norm)
     set_schedule(state.optimizer, schedule.lr, schedule.weight_decay)
     state.optimizer.step()
     update_teacher(state.teacher, state.student, schedule.teacher_momentum)
-    running.finish(batch.num_micro_batches, collectives.total)
+    for statistics in (student_statistics, teacher_statistics):
+        statistics.finish(batch.num_micro_batches, collectives.total)
     newest = gathered()
     state.memory.write(newest)
     state.step += 1

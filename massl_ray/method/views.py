@@ -82,10 +82,10 @@ def make_views(image: Image.Image, config: ViewsSection, *, seed: int, epoch: in
     return global_views, np.stack([apply_view(image, view) for view in drawn[2:]])
 
 
-def center_view(image: Image.Image, side: int) -> np.ndarray:
-    """The view for evaluation, (side, side, 3) uint8: shorter side resized to 8/7 of `side`, centre cut out."""
+def center_view(image: Image.Image, side: int, share: float) -> np.ndarray:
+    """The view for evaluation, (side, side, 3) uint8: the centred square over `share` of the shorter side, resized."""
     width, height = image.size
-    cut = min(width, height) * 7 / 8
+    cut = min(width, height) * share
     left, top = (width - cut) / 2, (height - cut) / 2
     return np.asarray(image.resize((side, side), Image.Resampling.BICUBIC, box=(left, top, left + cut, top + cut)))
 

@@ -1,0 +1,76 @@
+"""Frozen features of a listing's images."""
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from massl_ray.config import Config
+from massl_ray.data.decode import UNREADABLE, read
+from massl_ray.data.sources import Listing
+from massl_ray.method.views import center_view
+
+CHUNK = 256  # images decoded and embedded at once
+
+
+@dataclass(frozen=True)
+class Features:
+    rows: Tensor  # (n, D) float32 on the CPU
+    samples: Tensor  # (n,) places in the listing; unreadable images are left out
+    labels: Tensor | None  # (n,)
+
+
+def backbone_features(backbone: nn.Module, listing: Listing, config: Config, device: torch.device) -> Features:
+    """Pooled features of centre views, with the backbone in evaluation mode and as it was afterwards."""
+    mean = torch.tensor(config.data.mean, device=device) * 255
+    std = torch.tensor(config.data.std, device=device) * 255
+    size, share = config.views.global_size, config.eval.crop
+    was_training = backbone.training
+    backbone.eval()
+    rows, samples = [], []
+    try:
+        with torch.inference_mode(), torch.autocast(device.type, dtype=torch.bfloat16, enabled=config.train.precision == "bf16"):
+            for numbers, pixels in _chunks(listing, lambda image: center_view(image, size, share)):
+                normal = (pixels.to(device).float() - mean) / std
+                rows.append(backbone(normal.permute(0, 3, 1, 2)).float().cpu())
+                samples.append(numbers)
+    finally:
+        backbone.train(was_training)
+    return _features(listing, rows, samples)
+
+
+def pixel_features(listing: Listing, side: int = 32) -> Features:
+    """The images themselves, shrunk to side x side pixels: what any backbone has to beat."""
+
+    def shrink(image: Image.Image) -> np.ndarray:
+        return np.asarray(image.resize((side, side), Image.Resampling.BICUBIC))
+
+    parts = [(pixels.flatten(1).float(), numbers) for numbers, pixels in _chunks(listing, shrink)]
+    return _features(listing, [rows for rows, _ in parts], [numbers for _, numbers in parts])
+
+
+def _features(listing: Listing, rows: list[Tensor], samples: list[Tensor]) -> Features:
+    places = torch.cat(samples)
+    labels = None if listing.labels is None else torch.from_numpy(listing.labels)[places]
+    return Features(torch.cat(rows), places, labels)
+
+
+def _chunks(listing: Listing, view) -> Iterator[tuple[Tensor, Tensor]]:
+    """Places (n,) and pixels (n, H, W, 3) uint8 of the readable images, a chunk at a time, decoded by a few threads."""
+
+    def load(sample: int) -> np.ndarray | None:
+        try:
+            return view(read(listing.path(sample)))
+        except UNREADABLE:
+            return None
+
+    with ThreadPoolExecutor(4) as pool:
+        for first in range(0, len(listing), CHUNK):
+            numbers = range(first, min(first + CHUNK, len(listing)))
+            loaded = [(number, pixels) for number, pixels in zip(numbers, pool.map(load, numbers), strict=True) if pixels is not None]
+            if loaded:
+                yield torch.tensor([number for number, _ in loaded]), torch.from_numpy(np.stack([pixels for _, pixels in loaded]))

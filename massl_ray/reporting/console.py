@@ -1,0 +1,115 @@
+"""What a person sees while it runs: one line that moves on a terminal, plain lines elsewhere."""
+
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console as RichConsole
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from massl_ray.training.run import Run
+
+PLAIN_S = 10.0  # between progress lines where there is no terminal
+
+
+class Console:
+    """Turns events into lines."""
+
+    def __init__(self, run: Run):
+        self.run = run
+        self.rich = RichConsole(soft_wrap=True, highlight=False)
+        self.knn: dict[str, float] = {}
+        self.progress: Progress | None = None
+        self.task: Any = None
+        self.last_line = 0.0
+
+    def say(self, text: str) -> None:
+        self.rich.print(text, markup=False)
+        sys.stdout.flush()
+
+    def plan(self) -> None:
+        """Printed before anything starts."""
+        run, resolved, config = self.run, self.run.resolved, self.run.config
+        classes = f", {len(run.images.classes)} classes for k-NN" if run.images.classes else ", no class folders, so no k-NN"
+        self.say(f"Images    {len(run.images):,} in {run.images.root}{classes}")
+        self.say(
+            f"Steps     {resolved.steps:,} of {resolved.batch_size} images ({resolved.total_images / resolved.dataset_size:.1f} epochs), "
+            f"2 views of {config.views.global_size} px and {config.views.num_local} of {config.views.local_size} px"
+        )
+        self.say(f"Memory    {resolved.memory_size:,} slots, read in {resolved.num_blocks} random blocks of {resolved.block_size:,}")
+        self.say(f"Run       {run.dir}")
+
+    def follow(self, event: dict[str, Any]) -> None:
+        """One event of `on_ray.telemetry`."""
+        handler = getattr(self, f"_on_{event['kind']}", None)
+        if handler:
+            handler(event)
+
+    def close(self) -> None:
+        if self.progress:
+            self.progress.stop()
+            self.progress = None
+
+    def _on_started(self, event: dict[str, Any]) -> None:
+        config, left = self.run.config, self.run.resolved.steps - event["step"]
+        plural = "" if event["world_size"] == 1 else "s"
+        self.say(
+            f"Workers   {event['world_size']} on {event['device']}{plural if event['device'] == 'cpu' else ''}; "
+            f"{config.model.backbone}, {event['parameters'] / 1e6:.1f} M parameters, {config.train.precision}"
+        )
+        again = f"Continuing after step {event['step']:,}. " if event["step"] else ""
+        self.say(f"Time      {again}About {duration(left * event['step_s'])} for {left:,} steps, evaluation not counted")
+        if self.rich.is_terminal and self.progress is None:
+            self.progress = Progress(
+                BarColumn(20),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[figures]}"),
+                TextColumn("left"),
+                TimeRemainingColumn(compact=True, elapsed_when_finished=True),
+                console=self.rich,
+            )
+            self.task = self.progress.add_task("", total=self.run.resolved.steps, completed=event["step"], figures="")
+            self.progress.start()
+
+    def _on_metrics(self, event: dict[str, Any]) -> None:
+        line = event["line"]
+        figures = f"epoch {line['epoch']:.1f}  loss {line['loss']:.3f}  {line['images_per_s']:.0f} images/s  data wait {line['data_wait']:.0%}"
+        if self.knn:
+            figures += f"  k-NN {list(self.knn.values())[-1]:.1%}"
+        if self.progress:
+            self.progress.update(self.task, completed=line["step"], figures=figures)
+        elif time.monotonic() - self.last_line > PLAIN_S or line["step"] == self.run.resolved.steps:
+            self.last_line = time.monotonic()
+            left = (self.run.resolved.steps - line["step"]) * line["step_s"]
+            self.say(f"step {line['step']}/{self.run.resolved.steps}  {figures}  {duration(left)} left")
+
+    def _on_knn(self, event: dict[str, Any]) -> None:
+        self.knn[event["features"]] = event["top1"]
+        name = {"pixels": "raw pixels", "untrained": "untrained backbone"}.get(event["features"], f"step {event['step']}")
+        self.say(f"k-NN      {event['top1']:.1%}  {name}")
+
+    def _on_skipped(self, event: dict[str, Any]) -> None:
+        for image in event["images"][:3]:
+            self.say(f"Skipped   {image}")
+
+    def _on_stopping(self, event: dict[str, Any]) -> None:
+        self.say("Stopping: the current step is finished and saved first. Once more ends at once.")
+
+    def finished(self, summary: dict[str, Any], report: Path) -> None:
+        """Printed last: what was reached and where to look."""
+        self.say(f"Done      {summary['steps']:,} steps in {duration(summary['wall_s'])}, loss {summary['loss_final']:.3f}, {summary['images_per_s']:.0f} images/s")
+        if summary["knn_final"] is not None:
+            self.say(
+                f"k-NN      {summary['knn_pixels']:.1%} raw pixels, {summary['knn_untrained']:.1%} untrained backbone, "
+                f"{summary['knn_final']:.1%} trained"
+            )
+        self.say(f"Report    {report}")
+
+
+def duration(seconds: float) -> str:
+    """Seconds in words: '45 s', '12 min', '3.4 h', '2.1 days'."""
+    for limit, unit, name in ((90, 1, "s"), (5400, 60, "min"), (172800, 3600, "h")):
+        if seconds < limit:
+            return f"{seconds / unit:.0f} {name}" if unit < 3600 else f"{seconds / unit:.1f} {name}"
+    return f"{seconds / 86400:.1f} days"

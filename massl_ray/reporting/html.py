@@ -1,0 +1,162 @@
+"""report.html: one self-contained file about a run, made from its run directory alone."""
+
+import base64
+import html
+import io
+import json
+import math
+import tomllib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from massl_ray.data.decode import UNREADABLE, read
+from massl_ray.reporting.pictures import png_bytes, thumbnail
+from massl_ray.training.run import write_atomically
+from massl_ray.training.summary import read_knn, read_metrics
+
+BLUE, ORANGE, GRAY = "#2457a6", "#c8641b", "#8a8f98"
+
+STYLE = """
+body { font: 16px/1.5 system-ui, sans-serif; color: #1d2129; max-width: 68rem; margin: 2rem auto; padding: 0 1.5rem; }
+h1 { font-size: 1.6rem; margin-bottom: .2rem; } h2 { font-size: 1.15rem; margin-top: 2.5rem; }
+p.note { color: #5a606b; max-width: 46rem; } .figures { display: flex; flex-wrap: wrap; gap: 2.5rem; margin: 1.5rem 0; }
+.figures div b { display: block; font-size: 1.7rem; font-weight: 600; } .figures div { color: #5a606b; }
+.charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(26rem, 1fr)); gap: 1rem; } .charts img { width: 100%; }
+table { border-collapse: collapse; } td, th { padding: .25rem .8rem .25rem 0; text-align: left; vertical-align: top; }
+.near td { padding-right: .5rem; font-size: .8rem; color: #5a606b; } .near img { display: block; width: 96px; height: 96px; }
+.near td:first-child { padding-right: 1.6rem; } .same { color: #1c7c3c; } details table { font-size: .85rem; }
+img.views { max-width: 100%; }
+"""
+
+
+def write_report(run_dir: Path) -> Path:
+    """Write report.html for a run, finished or not; returns its path."""
+    config = tomllib.loads((run_dir / "config.toml").read_text())
+    lines, knn = read_metrics(run_dir), read_knn(run_dir)
+    sections = [_head(run_dir, config, lines, knn), _charts(config, lines, knn), _views(run_dir, config), _neighbours(run_dir), _settings(config)]
+    page = f"<!doctype html><html lang='en'><meta charset='utf-8'><meta name='viewport' content='width=device-width'><title>{_text(run_dir.name)}</title>"
+    page += f"<style>{STYLE}</style><body>{''.join(sections)}</body></html>\n"
+    path = run_dir / "report.html"
+    write_atomically(path, page)
+    return path
+
+
+def _head(run_dir: Path, config: dict[str, Any], lines: list[dict[str, Any]], knn: list[dict[str, Any]]) -> str:
+    model = f"{_text(config['model']['backbone'])} on {_text(config['data']['source'])}"
+    if not lines:
+        return f"<h1>{_text(run_dir.name)}</h1><p>{model}. No step is recorded yet.</p>"
+    last = lines[-1]
+    figures = [(f"{last['step']:,}", f"steps of {config['train']['steps']:,}"), (f"{last['images_seen']:,}", "images seen"), (f"{last['loss']:.3f}", "loss")]
+    names = {"pixels": "k-NN, raw pixels", "untrained": "k-NN, untrained"}
+    figures += [(f"{record['top1']:.1%}", names[record["features"]]) for record in knn if record["features"] in names]
+    trained = [record for record in knn if record["features"] not in names]
+    figures += [(f"{trained[-1]['top1']:.1%}", f"k-NN, step {trained[-1]['step']:,}")] if trained else []
+    cells = "".join(f"<div><b>{value}</b>{name}</div>" for value, name in figures)
+    return f"<h1>{_text(run_dir.name)}</h1><p>{model}</p><div class='figures'>{cells}</div>"
+
+
+def _charts(config: dict[str, Any], lines: list[dict[str, Any]], knn: list[dict[str, Any]]) -> str:
+    if not lines:
+        return ""
+    steps = [line["step"] for line in lines]
+    uniform = math.log(config["memory"]["size"] // config["memory"]["num_blocks"])
+
+    def curve(key: str) -> list[float]:
+        return [line[key] for line in lines]
+
+    def loss(axes: Axes) -> None:
+        axes.plot(steps, curve("loss"), color=BLUE, label="loss")
+        axes.plot(steps, curve("teacher_entropy"), color=ORANGE, label="teacher entropy")
+        axes.axhline(uniform, color=GRAY, linestyle="--", label="ln S: nothing told apart")
+        axes.legend(frameon=False)
+
+    def accuracy(axes: Axes) -> None:
+        trained = [record for record in knn if record["features"] != "pixels"]
+        axes.plot([record["step"] for record in trained], [100 * record["top1"] for record in trained], color=BLUE, marker="o", label="teacher features")
+        for record in knn:
+            if record["features"] == "pixels":
+                axes.axhline(100 * record["top1"], color=GRAY, linestyle="--", label="raw pixels")
+        axes.legend(frameon=False)
+
+    def spread(axes: Axes) -> None:
+        axes.plot(steps, curve("embedding_std"), color=BLUE)
+        axes.axhline(config["monitor"]["min_spread"], color=GRAY, linestyle="--", label="collapse bound")
+        axes.set_ylim(0, 1)
+        axes.legend(frameon=False)
+
+    charts: list[tuple[str, str, Callable[[Axes], None]]] = [("Loss and teacher entropy", "nats", loss)]
+    if knn:
+        charts.append(("k-NN accuracy", "%", accuracy))
+    charts += [
+        ("Embedding spread", "1 = evenly over the sphere", spread),
+        ("Effective rank of the embeddings", "dimensions", lambda axes: axes.plot(steps, curve("effective_rank"), color=BLUE) and None),
+        ("Throughput", "images/s", lambda axes: axes.plot(steps, curve("images_per_s"), color=BLUE) and None),
+        ("Waiting for data", "% of the step", lambda axes: axes.plot(steps, [100 * share for share in curve("data_wait")], color=BLUE) and None),
+    ]
+    images = "".join(f"<img alt='{_text(title)}' src='{_chart(title, unit, draw)}'>" for title, unit, draw in charts)
+    return f"<h2>Training</h2><div class='charts'>{images}</div>"
+
+
+def _chart(title: str, unit: str, draw: Callable[[Axes], None]) -> str:
+    figure = Figure(figsize=(5.6, 3.2), layout="constrained")
+    axes = figure.add_subplot()
+    draw(axes)
+    axes.set_title(title, loc="left", fontsize=11)
+    axes.set_xlabel("step")
+    axes.set_ylabel(unit)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="y", color="#e4e6ea")
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="svg")
+    return _data_url("image/svg+xml", buffer.getvalue())
+
+
+def _views(run_dir: Path, config: dict[str, Any]) -> str:
+    path = run_dir / "views.png"
+    if not path.exists():
+        return ""
+    views = config["views"]
+    note = f"One image a row: 2 global views of {views['global_size']} px, then {views['num_local']} local ones of {views['local_size']} px, shown at one size."
+    return f"<h2>Views of the first batch</h2><p class='note'>{note}</p><img class='views' alt='views' src='{_data_url('image/png', path.read_bytes())}'>"
+
+
+def _neighbours(run_dir: Path) -> str:
+    path = run_dir / "eval" / "neighbours.json"
+    if not path.exists():
+        return ""
+    rows = ""
+    for query in json.loads(path.read_text()):
+        cells = [_picture(query["path"], _text(query["class"] or "query"))]
+        for near in query["neighbours"]:
+            same = " class='same'" if query["class"] and near["class"] == query["class"] else ""
+            cells.append(_picture(near["path"], f"<span{same}>{_text(near['class'] or '')}</span> {near['similarity']:.2f}"))
+        rows += "<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>"
+    note = "An image, and those that the trained backbone finds most similar, with cosine similarities. Classes, where known, were not used for training."
+    return f"<h2>Nearest neighbours</h2><p class='note'>{note}</p><table class='near'>{rows}</table>"
+
+
+def _picture(path: str, caption: str) -> str:
+    try:
+        source = _data_url("image/png", png_bytes(thumbnail(read(path))))
+    except UNREADABLE:
+        return f"{caption} (gone)"
+    return f"<img alt='{_text(Path(path).name)}' title='{_text(path)}' src='{source}'>{caption}"
+
+
+def _settings(config: dict[str, Any]) -> str:
+    rows: Sequence[str] = [
+        f"<tr><td>{_text(section)}.{_text(key)}</td><td>{_text(value)}</td></tr>" for section, values in config.items() for key, value in values.items()
+    ]
+    return f"<h2>Settings</h2><details><summary>All {len(rows)} settings</summary><table>{''.join(rows)}</table></details>"
+
+
+def _text(value: object) -> str:
+    return html.escape(str(value), quote=True)
+
+
+def _data_url(kind: str, data: bytes) -> str:
+    return f"data:{kind};base64,{base64.b64encode(data).decode()}"

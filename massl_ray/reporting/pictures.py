@@ -1,0 +1,43 @@
+"""Pixels for people: grids of views and thumbnails."""
+
+import io
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+GAP = 4  # pixels between tiles
+SIDE = 96  # pixels of a tile
+
+
+def view_grid(global_views: np.ndarray, local_views: np.ndarray) -> np.ndarray:
+    """One row an image: its global views (n, 2, H, W, 3), then its local ones (n, m, h, w, 3), all at one height. uint8 RGB."""
+    rows = []
+    for image in range(len(global_views)):
+        views = [*global_views[image], *local_views[image]]
+        tiles = [np.asarray(Image.fromarray(view).resize((SIDE, SIDE), Image.Resampling.BICUBIC)) for view in views]
+        rows.append(np.concatenate([_framed(tile) for tile in tiles], axis=1))
+    return np.concatenate(rows)
+
+
+def save_png(path: Path, pixels: np.ndarray) -> None:
+    aside = path.with_name(f".{path.name}")
+    Image.fromarray(pixels).save(aside, format="PNG")
+    aside.replace(path)
+
+
+def png_bytes(image: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
+def thumbnail(image: Image.Image, side: int = SIDE) -> Image.Image:
+    """The centred square, `side` pixels wide."""
+    cut = min(image.size)
+    left, top = (image.width - cut) // 2, (image.height - cut) // 2
+    return image.resize((side, side), Image.Resampling.BICUBIC, box=(left, top, left + cut, top + cut))
+
+
+def _framed(tile: np.ndarray) -> np.ndarray:
+    return np.pad(tile, ((0, GAP), (0, GAP), (0, 0)), constant_values=255)

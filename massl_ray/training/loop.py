@@ -1,0 +1,174 @@
+"""The training loop. It reads like the method: take the next batch, step, look at the figures now and then, save, evaluate."""
+
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from massl_ray.data.order import worker_share
+from massl_ray.method.memory import block_permutation
+from massl_ray.method.network import drop_path_draws
+from massl_ray.method.schedules import Schedule, schedule_at
+from massl_ray.method.step import METRICS, Batch, MicroBatch, State, train_step
+from massl_ray.training.collectives import Distributed, Local
+from massl_ray.training.monitors import HealthMonitor
+from massl_ray.training.run import Run
+from massl_ray.training.state import step_settings
+
+
+@dataclass(frozen=True)
+class Views:
+    """This worker's share of one step, in batch order: uint8, channels last."""
+
+    global_views: Tensor  # (b, 2, H, W, 3)
+    local_views: Tensor  # (b, V-2, h, w, 3)
+    skipped: list[str]  # "path: reason" of images that could not be read
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run ended, the same on every worker: finished, stopped, collapsed, non_finite or unreadable."""
+
+    status: str
+    step: int
+    message: str = ""
+
+
+class Recorder(Protocol):
+    """Where the loop's results go. Only one worker's recorder writes; the others' do nothing."""
+
+    def views(self, views: Views) -> None: ...
+    def metrics(self, lines: list[dict[str, Any]]) -> None: ...
+    def skipped(self, images: list[str]) -> None: ...
+    def checkpoint(self, state: State) -> None: ...
+    def evaluate(self, state: State) -> None: ...
+    def stop_requested(self) -> bool: ...
+
+
+def train(run: Run, state: State, batches: Iterable[Views], collectives: Local | Distributed, recorder: Recorder) -> Outcome:
+    """Train from `state.step` to the last step; `batches` begins with the batch of `state.step`.
+
+    Returns when the run is over, for whatever reason, on every worker after the same step.
+    """
+    config, resolved = run.config, run.resolved
+    device = state.memory.rows.device
+    settings = step_settings(config, resolved, device)
+    pending = PendingMetrics(run, collectives.world_size)
+    monitor = HealthMonitor(config.monitor, resolved.block_size)
+    skipped = 0.0
+    if state.step == 0:
+        recorder.evaluate(state)
+    pending.restart_clock()
+
+    source = iter(batches)
+    while state.step < resolved.steps:
+        asked = time.perf_counter()
+        views = next(source)
+        waited_s = time.perf_counter() - asked
+        if state.step == 0:
+            recorder.views(views)
+        schedule = schedule_at(state.step, config, resolved)
+        batch = assemble(run, state, views, collectives)
+        metrics = train_step(state, batch, schedule, settings, collectives)
+        pending.add(state.step, metrics, schedule, waited_s, views.skipped)
+
+        last, save = state.step == resolved.steps, state.step % config.train.checkpoint_every == 0
+        evaluate = config.eval.knn_every and state.step % config.eval.knn_every == 0
+        if last or save or evaluate or state.step % config.train.log_every == 0:
+            lines = pending.flush()
+            recorder.skipped(pending.skipped)
+            stop, newly_skipped = collectives.total(torch.tensor([recorder.stop_requested(), len(pending.skipped)], dtype=torch.float64)).tolist()
+            pending.skipped = []
+            recorder.metrics(lines)
+            for line in lines:
+                if verdict := monitor.judge(line["step"], line):
+                    return Outcome(verdict.status, line["step"], verdict.message)
+            skipped += newly_skipped
+            if skipped > config.data.max_skipped * pending.images_tried:
+                return Outcome("unreadable", state.step, _too_many_unreadable(run, skipped, pending.images_tried))
+            if last or save or stop:
+                recorder.checkpoint(state)
+            if last or evaluate:
+                recorder.evaluate(state)
+            pending.restart_clock()
+            if stop and not last:
+                return Outcome("stopped", state.step, f"Stopped on request after step {state.step}, which is saved.")
+    return Outcome("finished", state.step)
+
+
+def assemble(run: Run, state: State, views: Views, collectives: Local | Distributed) -> Batch:
+    """Cut this worker's views into micro-batches and add the step's keyed draws."""
+    seed, resolved = run.config.run.seed, run.resolved
+    size, num_views = resolved.micro_batch_size, 2 + run.config.views.num_local
+    first, last = worker_share(collectives.rank, collectives.world_size, resolved.num_micro_batches)
+    device = state.memory.rows.device
+    micro_batches = []
+    for place, index in enumerate(range(first, last)):
+        rows = slice(place * size, (place + 1) * size)
+        drop_path = drop_path_draws(state.student, seed, state.step, index, size, num_views)
+        drop_path = None if drop_path is None else drop_path.to(device, non_blocking=True)
+        micro_batches.append(MicroBatch(views.global_views[rows], views.local_views[rows], drop_path))
+    permutation = block_permutation(seed, state.step, resolved.memory_size, resolved.block_size)
+    return Batch(micro_batches, permutation.to(device, non_blocking=True), resolved.num_micro_batches)
+
+
+class PendingMetrics:
+    """Metrics left on the device until they are looked at, so that steps do not wait for each other."""
+
+    def __init__(self, run: Run, world_size: int):
+        self.run, self.world_size = run, world_size
+        self.waiting: list[tuple[int, Tensor, Mapping[str, float]]] = []
+        self.skipped: list[str] = []
+        self.images_tried = 0
+        self.since = time.perf_counter()
+
+    def add(self, step: int, metrics: Tensor, schedule: Schedule, waited_s: float, skipped: list[str]) -> None:
+        batch = self.run.resolved.batch_size
+        known = {
+            "images_seen": step * batch,
+            "epoch": step * batch / self.run.resolved.dataset_size,
+            "lr": schedule.lr,
+            "weight_decay": schedule.weight_decay,
+            "teacher_momentum": schedule.teacher_momentum,
+            "teacher_temp": schedule.teacher_temp,
+            "waited_s": waited_s,
+        }
+        self.waiting.append((step, metrics, known))
+        self.skipped += skipped
+        self.images_tried += batch
+
+    def flush(self) -> list[dict[str, Any]]:
+        """One line a step; rates are means since the last flush. Waits for the device."""
+        if not self.waiting:
+            return []
+        values = torch.stack([metrics for _, metrics, _ in self.waiting]).tolist()
+        now = time.perf_counter()
+        step_s = (now - self.since) / len(self.waiting)
+        self.since = now
+        lines = []
+        for (step, _, known), row in zip(self.waiting, values, strict=True):
+            measured = dict(zip(METRICS, row, strict=True))
+            lines.append(
+                {"step": step}
+                | {key: value for key, value in known.items() if key != "waited_s"}
+                | measured
+                | {"kl": measured["loss"] - measured["teacher_entropy"]}
+                | {"world_size": self.world_size, "images_per_s": self.run.resolved.batch_size / step_s, "step_s": step_s}
+                | {"data_wait": min(1.0, known["waited_s"] / step_s)}
+            )
+        self.waiting = []
+        return lines
+
+    def restart_clock(self) -> None:
+        """Leave what happened since the last flush (an evaluation, a start) out of the rates."""
+        self.since = time.perf_counter()
+
+
+def _too_many_unreadable(run: Run, skipped: float, tried: int) -> str:
+    return (
+        f"{skipped:.0f} of {tried} images could not be read, more than data.max_skipped {run.config.data.max_skipped:g} allows. "
+        f"They are listed in {run.dir / 'skipped.jsonl'}; mend or remove them, or raise data.max_skipped."
+    )

@@ -1,0 +1,45 @@
+"""summary.json: a finished run in a dozen figures, read off the files of its run directory."""
+
+import json
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from massl_ray.training.checkpoint import list_checkpoints, read_manifest
+from massl_ray.training.run import write_json
+
+
+def write_summary(run_dir: Path, wall_s: float) -> dict[str, Any]:
+    """Gather and write summary.json; `wall_s` is this command's time in seconds."""
+    lines = read_metrics(run_dir)
+    last = lines[-1]
+    summary = {
+        "steps": last["step"],
+        "images_seen": last["images_seen"],
+        "loss_final": last["loss"],
+        "knn_pixels": _knn(run_dir, "pixels"),
+        "knn_untrained": _knn(run_dir, "untrained"),
+        "knn_final": _knn(run_dir, f"step_{last['step']}"),
+        "images_per_s": median(line["images_per_s"] for line in lines),
+        "wall_s": wall_s,
+        "state_sha256": read_manifest(list_checkpoints(run_dir / "checkpoints")[-1])["state_sha256"],
+    }
+    write_json(run_dir / "summary.json", summary)
+    return summary
+
+
+def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
+    """metrics.jsonl, a dict a step."""
+    path = run_dir / "metrics.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def read_knn(run_dir: Path) -> list[dict[str, Any]]:
+    """The k-NN records of eval/, by step; raw pixels first."""
+    records = [json.loads(path.read_text()) for path in (run_dir / "eval").glob("knn_*.json")]
+    return sorted(records, key=lambda record: (record["features"] != "pixels", record["step"]))
+
+
+def _knn(run_dir: Path, name: str) -> float | None:
+    path = run_dir / "eval" / f"knn_{name}.json"
+    return json.loads(path.read_text())["top1"] if path.exists() else None
