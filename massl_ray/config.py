@@ -45,7 +45,8 @@ class DataSection(Section):
     source: Annotated[str, Field(min_length=1)] = "demo"
     """A folder of images (any nesting), or 'demo' for the tiles that come with scikit-image."""
     test_source: str | None = None
-    """A folder of test images for k-NN, with the class folders of data.source. None: a tenth of data.source is held out as queries."""
+    """A folder of test images for k-NN, with the class folders of data.source. None: a tenth of "
+    "data.source is held out as queries."""
     max_skipped: Share = 0.05
     """Share of unreadable images, among those tried, above which the run stops."""
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
@@ -128,7 +129,8 @@ class LossSection(Section):
     student_temp: Positive = 0.1
     """Temperature of the student's similarities."""
     teacher_temp: Positive | Auto = "auto"
-    """Temperature of the teacher's similarities after the rise. auto: 0.04 up to 20 thousand images, rising to 0.07 at a million."""
+    """Temperature of the teacher's similarities after the rise. auto: 0.04 up to 20 thousand images, "
+    "rising to 0.07 at a million."""
     teacher_temp_start: Positive | Auto = "auto"
     """Temperature of the teacher's similarities at the first step. auto: 0.04, or teacher_temp where that is lower."""
     teacher_temp_epochs: Annotated[float, Field(ge=0)] | Auto = "auto"
@@ -168,7 +170,8 @@ class TrainSection(Section):
     global_batch_size: Annotated[int, Field(ge=2)] = 1024
     """Images a step, over all workers; it never changes with their number."""
     micro_batch_size: Annotated[int, Field(ge=1)] | Auto = "auto"
-    """Images computed at once; it divides the batch, and workers share out whole micro-batches. auto: the largest divisor up to 64."""
+    """Images computed at once; it divides the batch, and workers share out whole micro-batches. auto: "
+    "the largest divisor up to 64."""
     precision: Literal["bf16", "fp32"] = "bf16"
     """Arithmetic of the backbone. Head, read-out and optimizer are always fp32."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -243,7 +246,7 @@ class Config(BaseSettings):
     elastic: ElasticSection = ElasticSection()
 
     @classmethod
-    def settings_customise_sources(cls, settings_cls, init_settings, **_):
+    def settings_customise_sources(cls, settings_cls, init_settings, env_settings, dotenv_settings, file_secret_settings):
         return (init_settings,)  # no environment variables: a run is what its file and flags say
 
     @model_validator(mode="after")
@@ -261,11 +264,13 @@ class Config(BaseSettings):
         micro, batch = self.train.micro_batch_size, self.train.global_batch_size
         if micro != "auto" and batch % micro:
             raise ValueError(
-                f"train.micro_batch_size {micro} must divide train.global_batch_size {batch}; the nearest that does is {_nearest_divisor(batch, micro)}"
+                f"train.micro_batch_size {micro} must divide train.global_batch_size {batch}; the nearest that does "
+                f"is {_nearest_divisor(batch, micro)}"
             )
         if self.elastic.max_workers != "auto" and self.elastic.max_workers < self.elastic.min_workers:
             raise ValueError(
-                f"elastic.max_workers {self.elastic.max_workers} is below elastic.min_workers {self.elastic.min_workers}; raise the one or lower the other"
+                f"elastic.max_workers {self.elastic.max_workers} is below elastic.min_workers "
+                f"{self.elastic.min_workers}; raise the one or lower the other"
             )
         return self
 
@@ -396,7 +401,9 @@ def validate(values: Mapping[str, Any]) -> Config:
 
 
 def presets() -> list[str]:
-    return sorted(entry.name.removesuffix(".toml") for entry in resources.files("massl_ray.presets").iterdir() if entry.name.endswith(".toml"))
+    return sorted(
+        entry.name.removesuffix(".toml") for entry in resources.files("massl_ray.presets").iterdir() if entry.name.endswith(".toml")
+    )
 
 
 def read_preset(name: str) -> dict[str, Any]:
@@ -415,7 +422,8 @@ def read_toml(path: Path) -> dict[str, Any]:
 
 
 def to_toml(config: Config) -> str:
-    """Write a configuration as TOML that `load(['--config', FILE])` reads back to an equal one. None is left out: it is the default."""
+    """Write a configuration as TOML that `load(['--config', FILE])` reads back to an equal one. None is "
+    "left out: it is the default."""
     lines: list[str] = []
     for section, values in config.model_dump().items():
         lines.append(f"[{section}]")
@@ -435,12 +443,18 @@ def keys(config: Config) -> dict[str, Any]:
 def _help(prog: str) -> argparse.ArgumentParser:
     """A parser that only prints: one group a section, with units and defaults from the fields' docstrings."""
     usage = f"{prog} [--preset NAME] [--config FILE.toml] [--section.key VALUE ...]"
-    parser = argparse.ArgumentParser(usage=usage, add_help=False, formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=28, width=120))
+    parser = argparse.ArgumentParser(
+        usage=usage,
+        add_help=False,
+        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=28, width=120),
+    )
     parser.description = "Pretrain a vision backbone on unlabelled images with MaSSL."
-    parser.epilog = f"Presets: {', '.join(presets())}. A flag overrides the file, the file overrides the preset. Without either, the preset is demo."
+    parser.epilog = (
+        f"Presets: {', '.join(presets())}. A flag overrides the file, the file overrides the preset. "
+        "Without either, the preset is demo."
+    )
     for section, model in Config.model_fields.items():
-        annotation = model.annotation
-        assert annotation is not None and issubclass(annotation, Section)
+        annotation: type[Section] = model.annotation  # type: ignore[assignment]
         group = parser.add_argument_group(section, annotation.__doc__)
         for key, field in annotation.model_fields.items():
             default = ",".join(map(str, field.default)) if isinstance(field.default, tuple) else field.default

@@ -10,7 +10,8 @@ from massl_ray.errors import UserError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; returns its exit code: 0 done, 1 the run failed, 2 a mistake in what was asked for, 128 + n ended by signal n."""
+    """Run the command; returns its exit code: 0 done, 1 the run failed, 2 a mistake in what was asked "
+    "for, 128 + n ended by signal n."""
     started = time.monotonic()
     try:
         return train(sys.argv[1:] if argv is None else argv, started)
@@ -31,7 +32,7 @@ def train(argv: Sequence[str], started: float) -> int:
     from massl_ray.on_ray.launch import Stopped, cluster, run_workers
     from massl_ray.reporting.console import Console
     from massl_ray.reporting.html import write_report
-    from massl_ray.training.summary import write_summary
+    from massl_ray.reporting.summary import write_summary
 
     console = Console(run)
     console.plan()

@@ -29,5 +29,11 @@ def read(path: str) -> Image.Image:
 
 
 def _to_8_bits(pixels: np.ndarray) -> np.ndarray:
-    scale = 255.0 if pixels.dtype.kind == "f" and pixels.max(initial=0) <= 1 else 1.0 if pixels.max(initial=0) <= 255 else 255.0 / 65535.0
+    scale = (
+        255.0
+        if pixels.dtype.kind == "f" and pixels.max(initial=0) <= 1
+        else 1.0
+        if pixels.max(initial=0) <= 255
+        else 255.0 / 65535.0
+    )
     return np.clip(np.round(pixels * scale), 0, 255).astype(np.uint8)

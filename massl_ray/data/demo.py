@@ -71,5 +71,8 @@ def _cut_all(folder: Path) -> None:
 def _package_folder(package: str) -> Path:
     spec = find_spec(package)
     if spec is None or spec.origin is None:
-        raise UserError("The demo images come with scikit-image, which is not installed: pip install 'massl-ray[demo]', or give --data.source a folder.")
+        raise UserError(
+            "The demo images come with scikit-image, which is not installed: pip install 'massl-ray[demo]', or "
+            "give --data.source a folder."
+        )
     return Path(spec.origin).parent

@@ -33,7 +33,10 @@ def backbone_features(backbone: nn.Module, listing: Listing, config: Config, dev
     backbone.eval()
     rows, samples = [], []
     try:
-        with torch.inference_mode(), torch.autocast(device.type, dtype=torch.bfloat16, enabled=config.train.precision == "bf16"):
+        with (
+            torch.inference_mode(),
+            torch.autocast(device.type, dtype=torch.bfloat16, enabled=config.train.precision == "bf16"),
+        ):
             for numbers, pixels in _chunks(listing, lambda image: center_view(image, size, share)):
                 normal = (pixels.to(device).float() - mean) / std
                 rows.append(backbone(normal.permute(0, 3, 1, 2)).float().cpu())
@@ -71,6 +74,11 @@ def _chunks(listing: Listing, view) -> Iterator[tuple[Tensor, Tensor]]:
     with ThreadPoolExecutor(4) as pool:
         for first in range(0, len(listing), CHUNK):
             numbers = range(first, min(first + CHUNK, len(listing)))
-            loaded = [(number, pixels) for number, pixels in zip(numbers, pool.map(load, numbers), strict=True) if pixels is not None]
+            loaded = [
+                (number, pixels) for number, pixels in zip(numbers, pool.map(load, numbers), strict=True) if pixels is not None
+            ]
             if loaded:
-                yield torch.tensor([number for number, _ in loaded]), torch.from_numpy(np.stack([pixels for _, pixels in loaded]))
+                yield (
+                    torch.tensor([number for number, _ in loaded]),
+                    torch.from_numpy(np.stack([pixels for _, pixels in loaded])),
+                )

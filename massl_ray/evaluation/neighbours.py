@@ -23,6 +23,9 @@ def nearest_neighbours(features: Features, listing: Listing, *, queries: int = 8
         return {"path": listing.path(sample), "class": label}
 
     return [
-        {**entry(int(place)), "neighbours": [{**entry(int(other)), "similarity": float(value)} for other, value in zip(near, row, strict=True)]}
+        {
+            **entry(int(place)),
+            "neighbours": [{**entry(int(other)), "similarity": float(value)} for other, value in zip(near, row, strict=True)],
+        }
         for place, near, row in zip(places, nearest, values, strict=True)
     ]

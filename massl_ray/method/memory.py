@@ -14,7 +14,15 @@ class Memory:
         pointer: slot of the next write, in [0, K).
     """
 
-    def __init__(self, size: int, dim: int, *, seed: int = 0, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32):
+    def __init__(
+        self,
+        size: int,
+        dim: int,
+        *,
+        seed: int = 0,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ):
         start = torch.from_numpy(generator(Stream.MEMORY, seed).standard_normal((size, dim)))
         self.rows = torch.nn.functional.normalize(start, dim=1).to(device=device, dtype=dtype)
         self.pointer = 0

@@ -3,6 +3,7 @@
 import difflib
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import timm
 import torch
@@ -15,7 +16,8 @@ from massl_ray.keyed import Stream, generator, seed_for
 
 
 class KeyedDropPath(nn.Module):
-    """Stochastic depth whose coin flips are handed in, so that they depend on the image's place in the batch and on nothing else."""
+    """Stochastic depth whose coin flips are handed in, so that they depend on the image's place in the "
+    "batch and on nothing else."""
 
     def __init__(self, drop_probability: float):
         super().__init__()
@@ -74,7 +76,7 @@ class Encoder(nn.Module):
             features.append(self.backbone(images))
             first += len(images)
         self._hand_out(None)
-        with torch.autocast(images.device.type, enabled=False):
+        with torch.autocast(views[0].device.type, enabled=False):
             return self.head(torch.cat(features).to(next(self.head.parameters()).dtype))
 
     def _hand_out(self, uniform: Tensor | None) -> None:
@@ -98,18 +100,10 @@ def build_backbone(config: ModelSection, image_size: int, drop_path: float = 0.0
         UserError: unknown name (with the nearest ones), unreadable weights, or stochastic depth where the model has none.
     """
     check_name(config.backbone)
-    arguments = {"num_classes": 0, "pretrained": config.init == "pretrained"}
+    arguments: dict[str, Any] = {"num_classes": 0, "pretrained": config.init == "pretrained"}
     if drop_path:
         arguments["drop_path_rate"] = drop_path
-    model = None
-    for extra in ({"img_size": image_size, "dynamic_img_size": True}, {"img_size": image_size}, {}):
-        try:
-            model = timm.create_model(config.backbone, **arguments, **extra)
-            break
-        except TypeError as error:
-            refused = error
-    if model is None:
-        raise UserError(f"model.backbone {config.backbone} cannot be built: {refused}.")
+    model = _create(config.backbone, arguments, {"img_size": image_size, "dynamic_img_size": True}, {"img_size": image_size}, {})
     if config.init not in ("random", "pretrained"):
         load_weights(model, Path(config.init))
     replaced = _replace_drop_path(model)
@@ -118,11 +112,24 @@ def build_backbone(config: ModelSection, image_size: int, drop_path: float = 0.0
     return model
 
 
+def _create(name: str, arguments: dict[str, Any], *extras: dict[str, Any]) -> nn.Module:
+    """timm's families take different arguments: the first of `extras` that this one takes."""
+    refused = ""
+    for extra in extras:
+        try:
+            return timm.create_model(name, **arguments, **extra)
+        except TypeError as error:
+            refused = str(error)
+    raise UserError(f"model.backbone {name} cannot be built: {refused}.")
+
+
 def check_backbone(config: Config) -> None:
     """Build the backbone without memory and send it one view of each size. Raises UserError for what would fail later."""
     check_name(config.model.backbone)
     with torch.device("meta"), torch.no_grad():
-        backbone = build_backbone(config.model.model_copy(update={"init": "random"}), config.views.global_size, config.model.drop_path).eval()
+        backbone = build_backbone(
+            config.model.model_copy(update={"init": "random"}), config.views.global_size, config.model.drop_path
+        ).eval()
         for key in ("global_size", "local_size")[: 2 if config.views.num_local else 1]:
             side = getattr(config.views, key)
             try:
@@ -162,7 +169,9 @@ def drop_path_draws(encoder: Encoder, seed: int, step: int, micro_batch: int, si
     """Uniform draws (layers, V*size), view-major, for one micro-batch: keyed by (seed, step, place in the batch)."""
     if not encoder.drop_paths:
         return None
-    draws = generator(Stream.DROP_PATH, seed, step, micro_batch).random((len(encoder.drop_paths), num_views * size), dtype="float32")
+    draws = generator(Stream.DROP_PATH, seed, step, micro_batch).random(
+        (len(encoder.drop_paths), num_views * size), dtype="float32"
+    )
     return torch.from_numpy(draws)
 
 

@@ -152,8 +152,14 @@ def _check(student: Tensor, teacher: Tensor, memory: Tensor, permutation: Tensor
     if num_views < 2 or rows % num_views:
         raise ValueError(f"student has {rows} rows, which is no multiple of num_views {num_views} (at least 2)")
     if teacher.shape != (2 * (rows // num_views), student.shape[1]):
-        raise ValueError(f"teacher has shape {tuple(teacher.shape)}; the student's {tuple(student.shape)} asks for {(2 * (rows // num_views), student.shape[1])}")
+        raise ValueError(
+            f"teacher has shape {tuple(teacher.shape)}; the student's {tuple(student.shape)} asks for "
+            f"{(2 * (rows // num_views), student.shape[1])}"
+        )
     if memory.shape[1] != student.shape[1]:
         raise ValueError(f"memory rows are {memory.shape[1]} wide, embeddings {student.shape[1]}")
     if not len(permutation) or len(permutation) % block_size or len(permutation) > len(memory):
-        raise ValueError(f"permutation has {len(permutation)} slots: it must be a positive multiple of block_size {block_size}, at most {len(memory)}")
+        raise ValueError(
+            f"permutation has {len(permutation)} slots: it must be a positive multiple of block_size "
+            f"{block_size}, at most {len(memory)}"
+        )

@@ -6,7 +6,9 @@ from dataclasses import dataclass
 from massl_ray.config import Config, Resolved
 
 
-def cosine(images: float, base: float, final: float, total: float, warmup: float = 0.0, start: float = 0.0, batch: float = 1.0) -> float:
+def cosine(
+    images: float, base: float, final: float, total: float, warmup: float = 0.0, start: float = 0.0, batch: float = 1.0
+) -> float:
     """Linear from `start` to `base` over the first `warmup` images, then cosine from `base` to `final` at `total`.
 
     `images` counts those seen before the step; the warm-up reaches `base` at its last step, one `batch` before its end.
@@ -39,6 +41,12 @@ def schedule_at(step: int, config: Config, resolved: Resolved) -> Schedule:
         weight_decay=cosine(images, optim.weight_decay, optim.weight_decay_final, total),
         teacher_momentum=cosine(images, optim.teacher_momentum, optim.teacher_momentum_final, total),
         teacher_temp=cosine(
-            images, resolved.teacher_temp, resolved.teacher_temp, total, resolved.teacher_temp_images, resolved.teacher_temp_start, batch
+            images,
+            resolved.teacher_temp,
+            resolved.teacher_temp,
+            total,
+            resolved.teacher_temp_images,
+            resolved.teacher_temp_start,
+            batch,
         ),
     )

@@ -81,7 +81,16 @@ class Collectives(Protocol):
     def world_size(self) -> int: ...
 
 
-METRICS = ("loss", "teacher_entropy", "student_entropy", "agreement", "koleo", "embedding_std", "effective_rank", "grad_norm")
+METRICS = (
+    "loss",
+    "teacher_entropy",
+    "student_entropy",
+    "agreement",
+    "koleo",
+    "embedding_std",
+    "effective_rank",
+    "grad_norm",
+)
 
 
 def train_step(state: State, batch: Batch, schedule: Schedule, settings: StepSettings, collectives: Collectives) -> Tensor:

@@ -75,7 +75,9 @@ def apply_view(image: Image.Image, view: ViewParameters) -> np.ndarray:
 
 def make_views(image: Image.Image, config: ViewsSection, *, seed: int, epoch: int, sample: int) -> tuple[np.ndarray, np.ndarray]:
     """All views of one image, uint8: global (2, H, W, 3) and local (num_local, h, w, 3)."""
-    drawn = [draw_view(config, *image.size, seed=seed, epoch=epoch, sample=sample, view=view) for view in range(2 + config.num_local)]
+    drawn = [
+        draw_view(config, *image.size, seed=seed, epoch=epoch, sample=sample, view=view) for view in range(2 + config.num_local)
+    ]
     global_views = np.stack([apply_view(image, view) for view in drawn[:2]])
     if not config.num_local:
         return global_views, np.empty((0, config.local_size, config.local_size, 3), np.uint8)

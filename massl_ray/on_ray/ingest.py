@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import ray.data
@@ -36,7 +37,7 @@ def stream_views(run: Run, rank: int, world_size: int, start_step: int, cpus: fl
         make = ViewMaker(run.images, run.config.views, run.config.run.seed, run.resolved.batch_size, begin, first, share)
         dataset = _dataset(make, (end - begin) * share, task_rows, cpus)
         for rows in dataset.iter_batches(batch_size=share, batch_format="numpy", prefetch_batches=2):
-            yield _to_views(rows)
+            yield _to_views(rows)  # type: ignore[arg-type]
 
 
 class ViewMaker:
@@ -77,13 +78,15 @@ def read_or_next(images: Listing, sample: int) -> tuple[Image.Image, list[str]]:
     raise ValueError(f"none of the {len(images)} images in {images.root} can be read any more")
 
 
-def _dataset(make: ViewMaker, rows: int, task_rows: int, cpus: float) -> ray.data.Dataset:
+def _dataset(make: Any, rows: int, task_rows: int, cpus: float) -> ray.data.Dataset:
     context = DataContext.get_current().copy()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     context.execution_options = ExecutionOptions(preserve_order=True, resource_limits=ExecutionResources(cpu=cpus))
     with DataContext.current(context):
-        return ray.data.range(rows, override_num_blocks=rows // task_rows).map_batches(make, batch_size=task_rows, batch_format="numpy")
+        return ray.data.range(rows, override_num_blocks=rows // task_rows).map_batches(
+            make, batch_size=task_rows, batch_format="numpy"
+        )
 
 
 def _to_views(rows: dict[str, np.ndarray]) -> Views:

@@ -12,7 +12,7 @@ import ray.train
 import ray.train.torch
 
 from massl_ray.config import Config
-from massl_ray.on_ray.telemetry import Telemetry
+from massl_ray.on_ray.telemetry import start_telemetry
 from massl_ray.on_ray.worker import train_worker
 from massl_ray.training.loop import Outcome
 from massl_ray.training.run import Run
@@ -64,17 +64,21 @@ def run_workers(run: Run, follow: Callable[[dict[str, Any]], None]) -> Outcome:
         ray.train.TrainingFailedError: workers failed more often than elastic.max_failures allows.
         Stopped: ended by a signal without a last checkpoint.
     """
-    telemetry = Telemetry.remote()
+    telemetry = start_telemetry()
     layout = worker_layout(run.config, run.resolved.num_micro_batches)
     arguments = {"run": run, "telemetry": telemetry, "use_gpu": layout["use_gpu"], "data_cpus": layout["data_cpus"]}
     trainer = ray.train.torch.TorchTrainer(
         train_worker,
         train_loop_config=arguments,
         scaling_config=ray.train.ScalingConfig(
-            num_workers=layout["num_workers"], use_gpu=layout["use_gpu"], resources_per_worker=layout["resources_per_worker"]
+            num_workers=layout["num_workers"],
+            use_gpu=layout["use_gpu"],
+            resources_per_worker=layout["resources_per_worker"],
         ),
         run_config=ray.train.RunConfig(
-            name=".ray", storage_path=str(run.dir), failure_config=ray.train.FailureConfig(max_failures=run.config.elastic.max_failures)
+            name=".ray",
+            storage_path=str(run.dir),
+            failure_config=ray.train.FailureConfig(max_failures=run.config.elastic.max_failures),
         ),
     )
     training = _InBackground(trainer.fit)  # Ray takes Ctrl-C for itself in a main thread
@@ -151,7 +155,9 @@ class _InBackground:
 def _signals() -> Iterator[list[int]]:
     """Collect SIGINT and SIGTERM in a list instead of dying of them."""
     received: list[int] = []
-    before = {number: signal.signal(number, lambda number, frame: received.append(number)) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {
+        number: signal.signal(number, lambda number, frame: received.append(number)) for number in (signal.SIGINT, signal.SIGTERM)
+    }
     try:
         yield received
     finally:

@@ -5,7 +5,6 @@ from typing import Any
 import ray
 
 
-@ray.remote(num_cpus=0)
 class Telemetry:
     """Holds what workers announced until the console takes it, and the wish to stop until a worker hears of it."""
 
@@ -24,6 +23,11 @@ class Telemetry:
 
     def request_stop(self) -> None:
         self.stop = True
+
+
+def start_telemetry() -> Any:
+    """Start the actor that holds the news of one run."""
+    return ray.remote(num_cpus=0)(Telemetry).remote()
 
 
 class TelemetryClient:

@@ -3,18 +3,18 @@
 import time
 from typing import Any
 
-import ray
 import ray.train
+import ray.train.torch
 import torch
 import torch.distributed as dist
 
 from massl_ray.method.step import State
 from massl_ray.on_ray.ingest import stream_views
 from massl_ray.on_ray.telemetry import TelemetryClient
+from massl_ray.reporting.recorder import RunRecorder, Silent
 from massl_ray.training.checkpoint import read_latest
 from massl_ray.training.collectives import Distributed, Local
 from massl_ray.training.loop import train
-from massl_ray.training.recorder import RunRecorder, Silent
 from massl_ray.training.rehearsal import rehearse
 from massl_ray.training.run import Run
 from massl_ray.training.state import build_state, from_tensors
@@ -28,7 +28,11 @@ def train_worker(arguments: dict[str, Any]) -> dict[str, Any]:
     rank, world_size = ray.train.get_context().get_world_rank(), ray.train.get_context().get_world_size()
     telemetry = TelemetryClient(arguments["telemetry"])
     device = ray.train.torch.get_device() if arguments["use_gpu"] else torch.device("cpu")
-    collectives = Distributed(run.resolved.num_micro_batches, run.resolved.micro_batch_size) if dist.is_initialized() and world_size > 1 else Local()
+    collectives = (
+        Distributed(run.resolved.num_micro_batches, run.resolved.micro_batch_size)
+        if dist.is_initialized() and world_size > 1
+        else Local()
+    )
 
     state = build_state(config, run.resolved, device, collectives)
     if stored := read_latest(run.checkpoints):

@@ -34,10 +34,13 @@ class Console:
         classes = f", {len(run.images.classes)} classes for k-NN" if run.images.classes else ", no class folders, so no k-NN"
         self.say(f"Images    {len(run.images):,} in {run.images.root}{classes}")
         self.say(
-            f"Steps     {resolved.steps:,} of {resolved.batch_size} images ({resolved.total_images / resolved.dataset_size:.1f} epochs), "
+            f"Steps     {resolved.steps:,} of {resolved.batch_size} images "
+            f"({resolved.total_images / resolved.dataset_size:.1f} epochs), "
             f"2 views of {config.views.global_size} px and {config.views.num_local} of {config.views.local_size} px"
         )
-        self.say(f"Memory    {resolved.memory_size:,} slots, read in {resolved.num_blocks} random blocks of {resolved.block_size:,}")
+        self.say(
+            f"Memory    {resolved.memory_size:,} slots, read in {resolved.num_blocks} random blocks of {resolved.block_size:,}"
+        )
         self.say(f"Run       {run.dir}")
 
     def follow(self, event: dict[str, Any]) -> None:
@@ -74,7 +77,8 @@ class Console:
 
     def _on_metrics(self, event: dict[str, Any]) -> None:
         line = event["line"]
-        figures = f"epoch {line['epoch']:.1f}  loss {line['loss']:.3f}  {line['images_per_s']:.0f} images/s  data wait {line['data_wait']:.0%}"
+        figures = f"epoch {line['epoch']:.1f}  loss {line['loss']:.3f}  {line['images_per_s']:.0f} images/s"
+        figures += f"  data wait {line['data_wait']:.0%}"
         if self.knn:
             figures += f"  k-NN {list(self.knn.values())[-1]:.1%}"
         if self.progress:
@@ -98,7 +102,10 @@ class Console:
 
     def finished(self, summary: dict[str, Any], report: Path) -> None:
         """Printed last: what was reached and where to look."""
-        self.say(f"Done      {summary['steps']:,} steps in {duration(summary['wall_s'])}, loss {summary['loss_final']:.3f}, {summary['images_per_s']:.0f} images/s")
+        self.say(
+            f"Done      {summary['steps']:,} steps in {duration(summary['wall_s'])}, loss "
+            f"{summary['loss_final']:.3f}, {summary['images_per_s']:.0f} images/s"
+        )
         if summary["knn_final"] is not None:
             self.say(
                 f"k-NN      {summary['knn_pixels']:.1%} raw pixels, {summary['knn_untrained']:.1%} untrained backbone, "

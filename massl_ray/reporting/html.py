@@ -15,8 +15,8 @@ from matplotlib.figure import Figure
 
 from massl_ray.data.decode import UNREADABLE, read
 from massl_ray.reporting.pictures import png_bytes, thumbnail
+from massl_ray.reporting.summary import read_knn, read_metrics
 from massl_ray.training.run import write_atomically
-from massl_ray.training.summary import read_knn, read_metrics
 
 BLUE, ORANGE, GRAY = "#2457a6", "#c8641b", "#8a8f98"
 
@@ -37,9 +37,16 @@ def write_report(run_dir: Path) -> Path:
     """Write report.html for a run, finished or not; returns its path."""
     config = tomllib.loads((run_dir / "config.toml").read_text())
     lines, knn = read_metrics(run_dir), read_knn(run_dir)
-    sections = [_head(run_dir, config, lines, knn), _charts(config, lines, knn), _views(run_dir, config), _neighbours(run_dir), _settings(config)]
-    page = f"<!doctype html><html lang='en'><meta charset='utf-8'><meta name='viewport' content='width=device-width'><title>{_text(run_dir.name)}</title>"
-    page += f"<style>{STYLE}</style><body>{''.join(sections)}</body></html>\n"
+    sections = [
+        _head(run_dir, config, lines, knn),
+        _charts(config, lines, knn),
+        _views(run_dir, config),
+        _neighbours(run_dir),
+        _settings(config),
+    ]
+    head = "<meta charset='utf-8'><meta name='viewport' content='width=device-width'>"
+    head += f"<title>{_text(run_dir.name)}</title><style>{STYLE}</style>"
+    page = f"<!doctype html><html lang='en'><head>{head}</head><body>{''.join(sections)}</body></html>\n"
     path = run_dir / "report.html"
     write_atomically(path, page)
     return path
@@ -50,7 +57,11 @@ def _head(run_dir: Path, config: dict[str, Any], lines: list[dict[str, Any]], kn
     if not lines:
         return f"<h1>{_text(run_dir.name)}</h1><p>{model}. No step is recorded yet.</p>"
     last = lines[-1]
-    figures = [(f"{last['step']:,}", f"steps of {config['train']['steps']:,}"), (f"{last['images_seen']:,}", "images seen"), (f"{last['loss']:.3f}", "loss")]
+    figures = [
+        (f"{last['step']:,}", f"steps of {config['train']['steps']:,}"),
+        (f"{last['images_seen']:,}", "images seen"),
+        (f"{last['loss']:.3f}", "loss"),
+    ]
     names = {"pixels": "k-NN, raw pixels", "untrained": "k-NN, untrained"}
     figures += [(f"{record['top1']:.1%}", names[record["features"]]) for record in knn if record["features"] in names]
     trained = [record for record in knn if record["features"] not in names]
@@ -76,7 +87,13 @@ def _charts(config: dict[str, Any], lines: list[dict[str, Any]], knn: list[dict[
 
     def accuracy(axes: Axes) -> None:
         trained = [record for record in knn if record["features"] != "pixels"]
-        axes.plot([record["step"] for record in trained], [100 * record["top1"] for record in trained], color=BLUE, marker="o", label="teacher features")
+        axes.plot(
+            [record["step"] for record in trained],
+            [100 * record["top1"] for record in trained],
+            color=BLUE,
+            marker="o",
+            label="teacher features",
+        )
         for record in knn:
             if record["features"] == "pixels":
                 axes.axhline(100 * record["top1"], color=GRAY, linestyle="--", label="raw pixels")
@@ -93,9 +110,17 @@ def _charts(config: dict[str, Any], lines: list[dict[str, Any]], knn: list[dict[
         charts.append(("k-NN accuracy", "%", accuracy))
     charts += [
         ("Embedding spread", "1 = evenly over the sphere", spread),
-        ("Effective rank of the embeddings", "dimensions", lambda axes: axes.plot(steps, curve("effective_rank"), color=BLUE) and None),
+        (
+            "Effective rank of the embeddings",
+            "dimensions",
+            lambda axes: axes.plot(steps, curve("effective_rank"), color=BLUE) and None,
+        ),
         ("Throughput", "images/s", lambda axes: axes.plot(steps, curve("images_per_s"), color=BLUE) and None),
-        ("Waiting for data", "% of the step", lambda axes: axes.plot(steps, [100 * share for share in curve("data_wait")], color=BLUE) and None),
+        (
+            "Waiting for data",
+            "% of the step",
+            lambda axes: axes.plot(steps, [100 * share for share in curve("data_wait")], color=BLUE) and None,
+        ),
     ]
     images = "".join(f"<img alt='{_text(title)}' src='{_chart(title, unit, draw)}'>" for title, unit, draw in charts)
     return f"<h2>Training</h2><div class='charts'>{images}</div>"
@@ -120,8 +145,12 @@ def _views(run_dir: Path, config: dict[str, Any]) -> str:
     if not path.exists():
         return ""
     views = config["views"]
-    note = f"One image a row: 2 global views of {views['global_size']} px, then {views['num_local']} local ones of {views['local_size']} px, shown at one size."
-    return f"<h2>Views of the first batch</h2><p class='note'>{note}</p><img class='views' alt='views' src='{_data_url('image/png', path.read_bytes())}'>"
+    note = (
+        f"One image a row: 2 global views of {views['global_size']} px, then {views['num_local']} local ones "
+        f"of {views['local_size']} px, shown at one size."
+    )
+    picture = f"<img class='views' alt='views' src='{_data_url('image/png', path.read_bytes())}'>"
+    return f"<h2>Views of the first batch</h2><p class='note'>{note}</p>{picture}"
 
 
 def _neighbours(run_dir: Path) -> str:
@@ -135,7 +164,10 @@ def _neighbours(run_dir: Path) -> str:
             same = " class='same'" if query["class"] and near["class"] == query["class"] else ""
             cells.append(_picture(near["path"], f"<span{same}>{_text(near['class'] or '')}</span> {near['similarity']:.2f}"))
         rows += "<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>"
-    note = "An image, and those that the trained backbone finds most similar, with cosine similarities. Classes, where known, were not used for training."
+    note = (
+        "An image, and those that the trained backbone finds most similar, with cosine similarities. "
+        "Classes, where known, were not used for training."
+    )
     return f"<h2>Nearest neighbours</h2><p class='note'>{note}</p><table class='near'>{rows}</table>"
 
 
@@ -149,7 +181,9 @@ def _picture(path: str, caption: str) -> str:
 
 def _settings(config: dict[str, Any]) -> str:
     rows: Sequence[str] = [
-        f"<tr><td>{_text(section)}.{_text(key)}</td><td>{_text(value)}</td></tr>" for section, values in config.items() for key, value in values.items()
+        f"<tr><td>{_text(section)}.{_text(key)}</td><td>{_text(value)}</td></tr>"
+        for section, values in config.items()
+        for key, value in values.items()
     ]
     return f"<h2>Settings</h2><details><summary>All {len(rows)} settings</summary><table>{''.join(rows)}</table></details>"
 

@@ -80,7 +80,9 @@ def train(run: Run, state: State, batches: Iterable[Views], collectives: Local |
         if last or save or evaluate or state.step % config.train.log_every == 0:
             lines = pending.flush()
             recorder.skipped(pending.skipped)
-            stop, newly_skipped = collectives.total(torch.tensor([recorder.stop_requested(), len(pending.skipped)], dtype=torch.float64)).tolist()
+            stop, newly_skipped = collectives.total(
+                torch.tensor([recorder.stop_requested(), len(pending.skipped)], dtype=torch.float64)
+            ).tolist()
             pending.skipped = []
             recorder.metrics(lines)
             for line in lines:
@@ -156,7 +158,11 @@ class PendingMetrics:
                 | {key: value for key, value in known.items() if key != "waited_s"}
                 | measured
                 | {"kl": measured["loss"] - measured["teacher_entropy"]}
-                | {"world_size": self.world_size, "images_per_s": self.run.resolved.batch_size / step_s, "step_s": step_s}
+                | {
+                    "world_size": self.world_size,
+                    "images_per_s": self.run.resolved.batch_size / step_s,
+                    "step_s": step_s,
+                }
                 | {"data_wait": min(1.0, known["waited_s"] / step_s)}
             )
         self.waiting = []

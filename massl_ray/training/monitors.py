@@ -27,15 +27,18 @@ class HealthMonitor:
         if broken:
             return Verdict(
                 "non_finite",
-                f"Step {step}: {broken[0]} is {metrics[broken[0]]}. All workers stopped; the last checkpoint is from before this step. "
+                f"Step {step}: {broken[0]} is {metrics[broken[0]]}. All workers stopped; the last checkpoint is from "
+                "before this step. "
                 "Lower optim.lr, or use --train.precision fp32.",
             )
         self.narrow_steps = self.narrow_steps + 1 if metrics["embedding_std"] < self.config.min_spread else 0
         if self.narrow_steps >= self.config.patience:
             return Verdict(
                 "collapsed",
-                f"Step {step}: the embeddings have collapsed. Their spread has been under {self.config.min_spread:g} for {self.narrow_steps} steps "
-                f"(now {metrics['embedding_std']:.3g}; 1 is evenly spread), the loss is {metrics['loss']:.3f} and ln S, which learns nothing, "
+                f"Step {step}: the embeddings have collapsed. Their spread has been under {self.config.min_spread:g} "
+                f"for {self.narrow_steps} steps "
+                f"(now {metrics['embedding_std']:.3g}; 1 is evenly spread), the loss is {metrics['loss']:.3f} and ln "
+                "S, which learns nothing, "
                 f"is {self.uniform_loss:.3f}. All workers stopped. Enlarge memory.size, lower loss.teacher_temp, "
                 "use --head.batch_norm true, or lower optim.lr.",
             )

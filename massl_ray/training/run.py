@@ -12,7 +12,15 @@ from massl_ray.data.sources import Listing, hold_out, open_source, probe
 from massl_ray.errors import UserError
 from massl_ray.method.network import check_backbone
 
-FREE_TO_CHANGE = ("run.dir", "data.max_skipped", "train.log_every", "train.checkpoint_every", "checkpoint.", "eval.knn_every", "elastic.")
+FREE_TO_CHANGE = (
+    "run.dir",
+    "data.max_skipped",
+    "train.log_every",
+    "train.checkpoint_every",
+    "checkpoint.",
+    "eval.knn_every",
+    "elastic.",
+)
 """Settings that leave the result alone, so that a run may be continued with others."""
 
 
@@ -50,7 +58,8 @@ def prepare_run(config: Config) -> Run:
     if config.elastic.min_workers > resolved.num_micro_batches:
         raise UserError(
             f"elastic.min_workers is {config.elastic.min_workers}, but a batch of {resolved.batch_size} images has only "
-            f"{resolved.num_micro_batches} micro-batches to share out: lower it, or lower train.micro_batch_size ({resolved.micro_batch_size})."
+            f"{resolved.num_micro_batches} micro-batches to share out: lower it, or lower train.micro_batch_size "
+            f"({resolved.micro_batch_size})."
         )
     run = Run(filled, resolved, images, bank, queries)
     _check_directory(run)
@@ -105,7 +114,10 @@ def _check_directory(run: Run) -> None:
 def _knn_sides(config: Config, images: Listing) -> tuple[Listing | None, Listing | None]:
     if images.labels is None:
         if config.data.test_source:
-            raise UserError(f"data.test_source is given, but {images.root} has no class folders to compare with: leave it out, or sort the images into folders.")
+            raise UserError(
+                f"data.test_source is given, but {images.root} has no class folders to compare with: leave it out, or "
+                "sort the images into folders."
+            )
         return None, None
     if config.data.source == "demo" and not config.data.test_source:
         bank, queries = images, open_source("demo", "test")

@@ -1,0 +1,28 @@
+"""massl-ray COMMAND ...: every command is also `python -m massl_ray.COMMAND`."""
+
+import importlib
+import sys
+from collections.abc import Sequence
+
+COMMANDS = {
+    "train": "pretrain a backbone on a folder of images",
+    "report": "write report.html anew from a run directory",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print("massl-ray COMMAND ...\n")
+        for name, purpose in COMMANDS.items():
+            print(f"  {name:<10}{purpose}")
+        print("\nmassl-ray COMMAND --help says more.")
+        return 0
+    if arguments[0] not in COMMANDS:
+        print(f"massl-ray: there is no command '{arguments[0]}'. Commands: {', '.join(COMMANDS)}.", file=sys.stderr)
+        return 2
+    return importlib.import_module(f"massl_ray.{arguments[0]}").main(arguments[1:])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

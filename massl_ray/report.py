@@ -1,0 +1,28 @@
+"""massl-ray report RUN: write report.html anew from a run directory, also while the run goes on."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from massl_ray.errors import UserError
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="massl-ray report", description="Write report.html anew from a run directory.")
+    parser.add_argument("run", type=Path, help="run directory")
+    try:
+        run_dir: Path = parser.parse_args(argv).run
+        if not (run_dir / "config.toml").is_file():
+            raise UserError(f"{run_dir} is no run directory: it has no config.toml. Give the directory of --run.dir.")
+        from massl_ray.reporting.html import write_report  # late: drawing takes a second to import
+
+        print(write_report(run_dir.absolute()))
+        return 0
+    except UserError as error:
+        print(f"massl-ray: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())
