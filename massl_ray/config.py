@@ -482,10 +482,11 @@ def _refuse(message: str):
 
 
 def _close(name: str, candidates: Sequence[str]) -> str:
-    matches = difflib.get_close_matches(name, candidates, n=1, cutoff=0.5)
-    if not matches:  # 'memory.slots' is nearest to the keys of its own section; 'batch_size' to keys that contain it
-        matches = [c for c in candidates if name.split(".")[-1] in c][:1]
-    return f"; the nearest is '{matches[0]}'" if matches else ""
+    """'; the nearest is ...', or nothing. 'train.batch_size' has two near keys: both are named."""
+    matches = difflib.get_close_matches(name, candidates, n=2, cutoff=0.5)
+    if len(matches) == 2 and name.split(".")[-1] not in matches[1]:
+        matches = matches[:1]
+    return f"; the nearest is {' or '.join(repr(match) for match in matches)}" if matches else ""
 
 
 def _sentence(item: Any) -> str:

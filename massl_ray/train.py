@@ -32,9 +32,10 @@ def train(argv: Sequence[str], started: float) -> int:
     from massl_ray.on_ray.launch import Stopped, cluster, run_workers
     from massl_ray.reporting.console import Console
     from massl_ray.reporting.html import write_report
+    from massl_ray.reporting.skipped import SkippedImages
     from massl_ray.reporting.summary import write_summary
 
-    console = Console(run)
+    console = Console(run, SkippedImages(run.dir))
     console.plan()
     try:
         with cluster():

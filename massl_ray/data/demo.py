@@ -53,15 +53,15 @@ def cut_tiles(picture: np.ndarray) -> dict[str, list[np.ndarray]]:
 
 def _cut_all(folder: Path) -> None:
     folder.parent.mkdir(parents=True, exist_ok=True)
+    sources = [_package_folder(package) / FOLDERS[package] / name for package, names in PICTURES.items() for name in names]
     unfinished = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f"{folder.name}.unfinished-"))
-    for package, names in PICTURES.items():
-        for name in names:
-            picture = np.asarray(Image.open(_package_folder(package) / FOLDERS[package] / name).convert("L"), dtype=np.float64)
-            for part, tiles in cut_tiles(picture).items():
-                target = unfinished / part / Path(name).stem
-                target.mkdir(parents=True)
-                for number, tile in enumerate(tiles):
-                    Image.fromarray(tile).save(target / f"{number:04d}.png")
+    for source in sources:
+        picture = np.asarray(Image.open(source).convert("L"), dtype=np.float64)
+        for part, tiles in cut_tiles(picture).items():
+            target = unfinished / part / source.stem
+            target.mkdir(parents=True)
+            for number, tile in enumerate(tiles):
+                Image.fromarray(tile).save(target / f"{number:04d}.png")
     try:
         unfinished.rename(folder)
     except OSError:  # another process was faster

@@ -1,5 +1,6 @@
 """Where images come from. A source becomes a `Listing`: paths in one fixed order, and labels where there are class folders."""
 
+import heapq
 import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -8,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from massl_ray.data.decode import UNREADABLE, read
+from massl_ray.data.decode import UNREADABLE, read, reason
 from massl_ray.data.demo import demo_folder
 from massl_ray.errors import UserError
 from massl_ray.keyed import Stream, generator
@@ -41,12 +42,15 @@ def open_source(source: str, part: str = "train") -> Listing:
     Class folders are the folders directly under the source, if every image lies in one and there are at least two.
 
     Raises:
-        UserError: the folder is missing, or no file in it looks like an image.
+        UserError: the folder is missing or cannot be searched, or no file in it looks like an image.
     """
     root = demo_folder(part) if source == "demo" else Path(source).expanduser()
     if not root.is_dir():
         raise UserError(f"data.source: there is no folder {root}. Give a folder that holds images (at any depth), or 'demo'.")
-    paths = sorted(_image_files(str(root)))
+    try:
+        paths = sorted(_image_files(str(root)))
+    except OSError as error:
+        raise UserError(f"data.source: the folder {error.filename} cannot be searched ({error.strerror}).") from None
     if not paths:
         raise UserError(f"data.source: no image files in {root}; looked for {', '.join(sorted(SUFFIXES))} at any depth.")
     return listing(str(root), paths)
@@ -86,7 +90,7 @@ def fault(path: str) -> str | None:
     try:
         read(path)
     except UNREADABLE as error:
-        return f"{type(error).__name__}: {error}"
+        return reason(error)
     return None
 
 
@@ -98,11 +102,21 @@ def hold_out(images: Listing, share: float = 0.1) -> tuple[Listing, Listing]:
 
 
 def _image_files(root: str) -> Iterator[str]:
-    pending = [root]
-    while pending:
-        with os.scandir(pending.pop()) as entries:
-            for entry in entries:
-                if entry.is_dir():
-                    pending.append(entry.path)
-                elif os.path.splitext(entry.name)[1].lower() in SUFFIXES:
-                    yield os.path.relpath(entry.path, root)
+    """Every folder is searched once, links to folders in the order of their names and after what lies there itself: links that
+    lead back end, and the same folder always gives the same files."""
+    searched: set[tuple[int, int]] = set()
+    links = [root]
+    while links:
+        pending = [heapq.heappop(links)]
+        while pending:
+            folder = pending.pop()
+            status = os.stat(folder)
+            if (status.st_dev, status.st_ino) in searched:
+                continue
+            searched.add((status.st_dev, status.st_ino))
+            with os.scandir(folder) as entries:
+                for entry in entries:
+                    if entry.is_dir():
+                        heapq.heappush(links, entry.path) if entry.is_symlink() else pending.append(entry.path)
+                    elif os.path.splitext(entry.name)[1].lower() in SUFFIXES:
+                        yield os.path.relpath(entry.path, root)

@@ -57,6 +57,8 @@ def pixel_features(listing: Listing, side: int = 32) -> Features:
 
 
 def _features(listing: Listing, rows: list[Tensor], samples: list[Tensor]) -> Features:
+    if not rows:
+        rows, samples = [torch.empty(0, 0)], [torch.empty(0, dtype=torch.long)]
     places = torch.cat(samples)
     labels = None if listing.labels is None else torch.from_numpy(listing.labels)[places]
     return Features(torch.cat(rows), places, labels)

@@ -15,7 +15,7 @@ def nearest_neighbours(features: Features, listing: Listing, *, queries: int = 8
     places = torch.linspace(0, len(rows) - 1, min(queries, len(rows))).round().long().unique()
     similarity = rows[places] @ rows.T
     similarity[torch.arange(len(places)), places] = -2.0  # not itself
-    values, nearest = similarity.topk(min(neighbours, len(rows) - 1), dim=1)
+    values, nearest = similarity.topk(max(0, min(neighbours, len(rows) - 1)), dim=1)
 
     def entry(place: int) -> dict[str, Any]:
         sample = int(features.samples[place])

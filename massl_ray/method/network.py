@@ -38,10 +38,12 @@ class Head(nn.Module):
         super().__init__()
         widths = [features, *[config.hidden_dim] * (config.num_layers - 1), config.dim]
         layers: list[nn.Module] = []
-        for i, (fan_in, fan_out) in enumerate(zip(widths, widths[1:], strict=False)):
+        for fan_in, fan_out in zip(widths, widths[1:-1], strict=False):
             layers.append(nn.Linear(fan_in, fan_out))
-            if i < config.num_layers - 1:
-                layers += [nn.BatchNorm1d(fan_out)] * config.batch_norm + [nn.GELU()]
+            if config.batch_norm:
+                layers.append(nn.BatchNorm1d(fan_out))
+            layers.append(nn.GELU())
+        layers.append(nn.Linear(widths[-2], widths[-1]))
         self.mlp = nn.Sequential(*layers)
         for layer in self.mlp:
             if isinstance(layer, nn.Linear):
@@ -103,7 +105,8 @@ def build_backbone(config: ModelSection, image_size: int, drop_path: float = 0.0
     arguments: dict[str, Any] = {"num_classes": 0, "pretrained": config.init == "pretrained"}
     if drop_path:
         arguments["drop_path_rate"] = drop_path
-    model = _create(config.backbone, arguments, {"img_size": image_size, "dynamic_img_size": True}, {"img_size": image_size}, {})
+    any_size = {"img_size": image_size, "dynamic_img_size": True, "dynamic_img_pad": True}
+    model = _create(config.backbone, arguments, any_size, {"img_size": image_size}, {})
     if config.init not in ("random", "pretrained"):
         load_weights(model, Path(config.init))
     replaced = _replace_drop_path(model)
@@ -120,6 +123,8 @@ def _create(name: str, arguments: dict[str, Any], *extras: dict[str, Any]) -> nn
             return timm.create_model(name, **arguments, **extra)
         except TypeError as error:
             refused = str(error)
+    if "'drop_path_rate'" in refused:
+        refused = "it has no stochastic depth, so set model.drop_path to 0"
     raise UserError(f"model.backbone {name} cannot be built: {refused}.")
 
 
@@ -157,7 +162,7 @@ def load_weights(model: nn.Module, path: Path) -> None:
         raise UserError(f"model.init: the weights file {path} cannot be read ({type(error).__name__}: {error}).") from None
     try:
         model.load_state_dict(weights, strict=True)
-    except RuntimeError as error:
+    except (RuntimeError, TypeError, AttributeError) as error:  # the latter two: no dictionary, keys that are no names
         raise UserError(f"model.init: {path} does not fit the backbone. {str(error).splitlines()[-1].strip()}") from None
 
 

@@ -14,16 +14,23 @@ class RunningStatistics:
         self.buffers: list[Tensor] = [buffer for buffer in buffers if buffer.numel()]
         self.before = [buffer.clone() for buffer in self.buffers]
         self.sums = [torch.zeros_like(buffer) for buffer in self.buffers]
+        named = [(name, buffer) for name, buffer in module.named_buffers() if not buffer.is_floating_point()]
+        self.counters = [buffer for name, buffer in named if name.endswith("num_batches_tracked")]
+        self.counts = [buffer.clone() for buffer in self.counters]
 
     @torch.no_grad()
     def after_micro_batch(self) -> None:
         if self.buffers:
             torch._foreach_add_(self.sums, self.buffers)
             torch._foreach_copy_(self.buffers, self.before)
+        if self.counters:
+            torch._foreach_copy_(self.counters, self.counts)
 
     @torch.no_grad()
     def finish(self, num_micro_batches: int, total: Callable[[Tensor], Tensor]) -> None:
         """`total` sums a flat tensor over workers; `num_micro_batches` counts those of all workers."""
+        if self.counters:
+            torch._foreach_add_(self.counters, 1)  # a step counts as one batch, however many micro-batches a worker had
         if not self.buffers:
             return
         flat = total(torch.cat([value.flatten() for value in self.sums])) / num_micro_batches

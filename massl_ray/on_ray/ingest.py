@@ -11,7 +11,7 @@ from PIL import Image
 from ray.data import DataContext, ExecutionOptions, ExecutionResources
 
 from massl_ray.config import ViewsSection
-from massl_ray.data.decode import UNREADABLE, read
+from massl_ray.data.decode import UNREADABLE, read, reason
 from massl_ray.data.order import samples_at, worker_share
 from massl_ray.data.sources import Listing
 from massl_ray.method.views import make_views
@@ -73,8 +73,7 @@ def read_or_next(images: Listing, sample: int) -> tuple[Image.Image, list[str]]:
         try:
             return read(path), skipped
         except UNREADABLE as error:
-            reason = " ".join(str(error).split())
-            skipped.append(f"{path}: {type(error).__name__}: {reason}")
+            skipped.append(f"{path}: {reason(error)}")
     raise ValueError(f"none of the {len(images)} images in {images.root} can be read any more")
 
 

@@ -8,6 +8,7 @@ from typing import Any
 from rich.console import Console as RichConsole
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from massl_ray.reporting.skipped import SkippedImages
 from massl_ray.training.run import Run
 
 PLAIN_S = 10.0  # between progress lines where there is no terminal
@@ -16,16 +17,18 @@ PLAIN_S = 10.0  # between progress lines where there is no terminal
 class Console:
     """Turns events into lines."""
 
-    def __init__(self, run: Run):
+    def __init__(self, run: Run, skipped: SkippedImages):
         self.run = run
-        self.rich = RichConsole(soft_wrap=True, highlight=False)
+        self.skipped = skipped
+        self.rich = RichConsole(soft_wrap=True, highlight=False, emoji=False)
         self.knn: dict[str, float] = {}
         self.progress: Progress | None = None
         self.task: Any = None
         self.last_line = 0.0
 
     def say(self, text: str) -> None:
-        self.rich.print(text, markup=False)
+        printable = text.encode(self.rich.encoding, "backslashreplace").decode(self.rich.encoding)  # file names may be any bytes
+        self.rich.print(printable, markup=False)
         sys.stdout.flush()
 
     def plan(self) -> None:
@@ -94,7 +97,7 @@ class Console:
         self.say(f"k-NN      {event['top1']:.1%}  {name}")
 
     def _on_skipped(self, event: dict[str, Any]) -> None:
-        for image in event["images"][:3]:
+        for image in self.skipped.add(event["images"])[:3]:
             self.say(f"Skipped   {image}")
 
     def _on_stopping(self, event: dict[str, Any]) -> None:
@@ -111,6 +114,8 @@ class Console:
                 f"k-NN      {summary['knn_pixels']:.1%} raw pixels, {summary['knn_untrained']:.1%} untrained backbone, "
                 f"{summary['knn_final']:.1%} trained"
             )
+        if len(self.skipped):
+            self.say(f"Skipped   {len(self.skipped):,} unreadable images, listed in {self.skipped.path}")
         self.say(f"Report    {report}")
 
 

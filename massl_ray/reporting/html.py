@@ -189,7 +189,7 @@ def _settings(config: dict[str, Any]) -> str:
 
 
 def _text(value: object) -> str:
-    return html.escape(str(value), quote=True)
+    return html.escape(str(value), quote=True).encode(errors="replace").decode()  # file names may be any bytes
 
 
 def _data_url(kind: str, data: bytes) -> str:

@@ -108,6 +108,8 @@ class RunRecorder(Silent):
     def _knn(self, name: str, step: int, bank: Features, queries: Features) -> None:
         config = self.run.config.eval
         assert bank.labels is not None and queries.labels is not None
+        if not len(bank.rows) or not len(queries.rows):  # none of the few images of one side could be read
+            return
         accuracy = knn_accuracy(bank.rows, bank.labels, queries.rows, queries.labels, k=config.knn_k, temperature=config.knn_temp)
         record = {
             "features": name,

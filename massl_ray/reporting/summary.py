@@ -29,9 +29,15 @@ def write_summary(run_dir: Path, wall_s: float) -> dict[str, Any]:
 
 
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
-    """metrics.jsonl, a dict a step."""
+    """metrics.jsonl, a dict a step. A line cut short, by a crash or because it is being written, ends it."""
     path = run_dir / "metrics.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    lines: list[dict[str, Any]] = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            lines.append(json.loads(line))
+        except ValueError:
+            break
+    return lines
 
 
 def read_knn(run_dir: Path) -> list[dict[str, Any]]:

@@ -21,7 +21,8 @@ class Damaged(Exception):
 
 
 def write_checkpoint(folder: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, Any], keep: int) -> Path:
-    """Write one checkpoint of a run and drop all but the `keep` latest. A crash at any point leaves the earlier ones whole.
+    """Write one checkpoint of a run, then drop all but the `keep` latest up to it; later ones are of a life that was rolled
+    back. A crash at any point leaves the earlier ones whole.
 
     `facts` goes into the manifest beside format, step and state_sha256. Returns the checkpoint's folder.
     """
@@ -38,22 +39,29 @@ def write_checkpoint(folder: Path, tensors: Mapping[str, Tensor], facts: Mapping
         shutil.rmtree(target)
     unfinished.rename(target)
     _to_disk(folder)
-    for old in list_checkpoints(folder)[:-keep]:
-        shutil.rmtree(old)
+    written = list_checkpoints(folder)
+    current = written.index(target) + 1
+    for dropped in written[: max(0, current - keep)] + written[current:]:
+        shutil.rmtree(dropped)
     return target
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
     """Finished checkpoints, oldest first."""
-    found = [path for path in folder.glob("step_*") if (path / MANIFEST).is_file()]
+    found = [
+        path for path in folder.glob("step_*") if path.name.removeprefix("step_").isdecimal() and (path / MANIFEST).is_file()
+    ]
     return sorted(found, key=lambda path: int(path.name.removeprefix("step_")))
 
 
 def read_manifest(checkpoint: Path) -> dict[str, Any]:
     try:
-        return json.loads((checkpoint / MANIFEST).read_text())
+        manifest = json.loads((checkpoint / MANIFEST).read_text())
     except (OSError, ValueError) as error:
         raise Damaged(f"{checkpoint / MANIFEST} cannot be read: {error}") from None
+    if not isinstance(manifest, dict):
+        raise Damaged(f"{checkpoint / MANIFEST} holds no JSON object")
+    return manifest
 
 
 def read_checkpoint(checkpoint: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -125,6 +125,8 @@ def _knn_sides(config: Config, images: Listing) -> tuple[Listing | None, Listing
         bank, queries = images, _same_classes(open_source(config.data.test_source), images)
     else:
         bank, queries = hold_out(images)
+        if not len(bank) or not len(queries):  # of a few images, the tenth that is held out may be none
+            return None, None
     return _at_most(bank, config.eval.max_images), _at_most(queries, config.eval.max_images)
 
 

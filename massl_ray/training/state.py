@@ -62,12 +62,19 @@ def from_tensors(state: State, tensors: Mapping[str, Tensor]) -> None:
     state.student.load_state_dict(part("student/"))
     state.teacher.load_state_dict(part("teacher/"))
     for name, parameter in state.student.named_parameters():
-        moments = {key: value.to(parameter.device) for key, value in part(f"optimizer/{name}/").items()}
+        moments = part(f"optimizer/{name}/")
         if moments:
-            state.optimizer.state[parameter] = moments
+            state.optimizer.state[parameter] = {key: _laid_out_as(parameter, value) for key, value in moments.items()}
     state.memory.rows.copy_(tensors["memory/rows"])
     state.memory.pointer = int(tensors["memory/pointer"])
     state.step = int(tensors["step"])
+
+
+def _laid_out_as(parameter: Tensor, value: Tensor) -> Tensor:
+    """A copy beside the parameter. The fused optimizer walks parameter and moments in memory order, so their strides must agree."""
+    if value.shape != parameter.shape:
+        return value.to(parameter.device, copy=True)
+    return torch.empty_like(parameter, dtype=value.dtype, requires_grad=False).copy_(value)
 
 
 def state_sha256(tensors: Mapping[str, Tensor]) -> str:

@@ -1,0 +1,76 @@
+"""Views streamed by Ray Data: the right samples, in order, whoever asks and from wherever."""
+
+import numpy as np
+import pytest
+
+from massl_ray.config import load
+from massl_ray.data.decode import read
+from massl_ray.data.order import samples_at, step_positions
+from massl_ray.method.views import make_views
+from massl_ray.on_ray.ingest import read_or_next, stream_views
+from massl_ray.training.run import prepare_run
+from tests.images import TINY
+
+pytestmark = pytest.mark.ray
+
+
+@pytest.fixture
+def run(tiny_images, tmp_path):
+    return prepare_run(load([*TINY, "--data.source", str(tiny_images), "--run.dir", str(tmp_path / "run"), "--train.steps", "8"]))
+
+
+def expected_views(run, step: int):
+    """The whole batch of a step, made here and now."""
+    size = run.resolved.batch_size
+    epochs, samples = samples_at(step_positions(step, size, 0, size), len(run.images), run.config.run.seed)
+    made = [
+        make_views(read(run.images.path(sample)), run.config.views, seed=run.config.run.seed, epoch=int(epoch), sample=int(sample))
+        for epoch, sample in zip(epochs, samples, strict=True)
+    ]
+    return np.stack([views for views, _ in made]), np.stack([views for _, views in made])
+
+
+def test_every_step_gets_its_samples_in_order(ray_cluster, run):
+    """Eight steps of 8 over 48 images cross an epoch's end."""
+    streamed = list(stream_views(run, 0, 1, 0, cpus=2))
+    assert len(streamed) == 8
+    for step, views in enumerate(streamed):
+        global_views, local_views = expected_views(run, step)
+        np.testing.assert_array_equal(views.global_views.numpy(), global_views)
+        np.testing.assert_array_equal(views.local_views.numpy(), local_views)
+        assert views.skipped == []
+
+
+def test_restart_at_any_step_and_share(ray_cluster, run):
+    """From step 5 on, three workers together get what one would have got."""
+    streams = [list(stream_views(run, rank, 3, 5, cpus=1)) for rank in range(3)]
+    for step, parts in enumerate(zip(*streams, strict=True), start=5):
+        global_views, _ = expected_views(run, step)
+        np.testing.assert_array_equal(np.concatenate([part.global_views.numpy() for part in parts]), global_views)
+
+
+def test_a_long_run_is_a_chain_of_datasets(ray_cluster, run, monkeypatch):
+    monkeypatch.setattr("massl_ray.on_ray.ingest.TASKS", 3)
+    for step, views in enumerate(stream_views(run, 0, 1, 2, cpus=2), start=2):
+        np.testing.assert_array_equal(views.global_views.numpy(), expected_views(run, step)[0])
+    assert step == 7
+
+
+def test_unreadable_images_are_passed_over_by_rule(ray_cluster, run):
+    broken = run.images.path(10)
+    with open(broken, "wb") as file:
+        file.write(b"not an image")
+    image, skipped = read_or_next(run.images, 10)
+    np.testing.assert_array_equal(np.asarray(image), np.asarray(read(run.images.path(11))))
+    assert len(skipped) == 1 and skipped[0].startswith(f"{broken}: UnidentifiedImageError")
+    streamed = [line for views in stream_views(run, 0, 1, 0, cpus=2) for line in views.skipped]
+    epochs, samples = samples_at(np.arange(64), 48, 0)
+    assert len(streamed) == np.sum(samples == 10) and set(streamed) == set(skipped)
+
+
+def test_no_readable_image_left(run, tmp_path):
+    images = run.images.take(np.array([0, 1]))
+    for sample in range(2):
+        open(images.path(sample), "wb").close()
+    with pytest.raises(ValueError, match="none of the 2 images"):
+        read_or_next(images, 1)

@@ -1,0 +1,143 @@
+"""Runs on a real Ray: one and two workers agree, trouble ends them all, a resumed run continues."""
+
+import json
+import os
+import signal
+
+import pytest
+import ray
+import ray.train
+import torch
+
+from massl_ray.config import load
+from massl_ray.on_ray.launch import Stopped, run_workers, worker_layout
+from massl_ray.training.checkpoint import list_checkpoints, read_checkpoint
+from massl_ray.training.run import claim_directory, prepare_run
+from tests.images import TINY
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
+
+
+@pytest.fixture
+def start(ray_cluster, tiny_images, tmp_path):
+    """Start a run with more flags; returns (outcome, run, events)."""
+
+    def start(name: str, *flags: str, follow=None):
+        run = prepare_run(load([*TINY, "--data.source", str(tiny_images), "--run.dir", str(tmp_path / name), *flags]))
+        claim_directory(run)
+        events: list[dict] = []
+
+        def keep(event):
+            events.append(event)
+            if follow:
+                follow(event)
+
+        return run_workers(run, keep), run, events
+
+    return start
+
+
+def lines_of(run) -> list[dict]:
+    return [json.loads(line) for line in (run.dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_one_and_two_workers_agree(start):
+    """Same losses, memory and weights within float tolerance, and one line of metrics a step."""
+    one, run_one, _ = start("one", "--train.steps", "8", "--elastic.max_workers", "1")
+    two, run_two, events = start("two", "--train.steps", "8", "--elastic.min_workers", "2", "--elastic.max_workers", "2")
+    assert (one.status, two.status) == ("finished", "finished")
+    assert [event["world_size"] for event in events if event["kind"] == "started"] == [2]
+    for first, second in zip(lines_of(run_one), lines_of(run_two), strict=True):
+        assert first["step"] == second["step"] and (first["world_size"], second["world_size"]) == (1, 2)
+        for key in ("loss", "teacher_entropy", "embedding_std", "effective_rank"):
+            assert second[key] == pytest.approx(first[key], rel=1e-3), (first["step"], key)
+    states = [read_checkpoint(list_checkpoints(run.checkpoints)[-1])[0] for run in (run_one, run_two)]
+    assert int(states[0]["memory/pointer"]) == int(states[1]["memory/pointer"]) == 8 * 8 % 64
+    torch.testing.assert_close(states[1]["memory/rows"], states[0]["memory/rows"], rtol=1e-3, atol=2e-3)
+
+
+def test_batch_norm_statistics_agree_too(start):
+    flags = ["--model.backbone", "test_resnet", "--model.drop_path", "0", "--head.batch_norm", "true", "--train.steps", "3"]
+    _, run_one, _ = start("one", *flags, "--elastic.max_workers", "1")
+    _, run_two, _ = start("two", *flags, "--elastic.min_workers", "2", "--elastic.max_workers", "2")
+    one, two = (read_checkpoint(list_checkpoints(run.checkpoints)[-1])[0] for run in (run_one, run_two))
+    running = [name for name in one if "running" in name and name.startswith("student")]
+    assert running
+    for name in running:
+        torch.testing.assert_close(two[name], one[name], rtol=1e-3, atol=1e-4)
+
+
+def test_collapse_ends_all_workers_and_keeps_the_checkpoint(start):
+    outcome, run, _ = start(
+        "collapse", "--train.steps", "40", "--monitor.min_spread", "1", "--monitor.patience", "5",
+        "--elastic.min_workers", "2", "--elastic.max_workers", "2",
+    )  # fmt: skip
+    assert (outcome.status, outcome.step) == ("collapsed", 5)
+    assert "have collapsed" in outcome.message and "memory.size" in outcome.message
+    assert [path.name for path in list_checkpoints(run.checkpoints)] == ["step_4"]
+
+
+def test_a_loss_that_is_not_finite_ends_all_workers(start):
+    outcome, run, _ = start(
+        "nan", "--train.steps", "40", "--optim.lr", "1e38", "--optim.warmup_epochs", "0",
+        "--elastic.min_workers", "2", "--elastic.max_workers", "2",
+    )  # fmt: skip
+    assert outcome.status == "non_finite" and outcome.step <= 6
+    assert "optim.lr" in outcome.message
+    for checkpoint in list_checkpoints(run.checkpoints):
+        assert all(value.isfinite().all() for value in read_checkpoint(checkpoint)[0].values() if value.is_floating_point())
+
+
+def test_a_failing_worker_is_an_error_not_a_hang(start, tiny_images):
+    def break_images(event):
+        if event["kind"] == "started":
+            for path in tiny_images.rglob("*.png"):
+                path.unlink()
+
+    with pytest.raises(ray.train.TrainingFailedError):
+        start("broken", "--train.steps", "400", "--elastic.max_failures", "0", follow=break_images)
+
+
+def test_interrupted_and_continued(start, tmp_path):
+    """Ctrl-C saves the step it stops at; the same command continues there, without doubled lines of metrics."""
+    events: list[dict] = []
+
+    def interrupt_at(step: int, signum: int):
+        sent: list[int] = []
+
+        def follow(event):
+            events.append(event)
+            if event["kind"] == "metrics" and event["line"]["step"] >= step and not sent:
+                sent.append(signum)
+                os.kill(os.getpid(), signum)
+
+        return follow
+
+    flags = ("--train.steps", "4000", "--elastic.max_workers", "1")
+    with pytest.raises(Stopped) as stopped:
+        start("run", *flags, follow=interrupt_at(6, signal.SIGINT))
+    assert stopped.value.signum == signal.SIGINT
+    saved = int(list_checkpoints(tmp_path / "run" / "checkpoints")[-1].name.removeprefix("step_"))
+    assert saved >= 6
+
+    with pytest.raises(Stopped) as stopped:
+        start("run", *flags, follow=interrupt_at(saved + 2, signal.SIGTERM))
+    assert stopped.value.signum == signal.SIGTERM
+    assert [event["step"] for event in events if event["kind"] == "started"] == [0, saved]
+    steps = [json.loads(line)["step"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert steps == list(range(1, steps[-1] + 1)) and steps[-1] > saved
+
+
+def test_layout(ray_cluster, monkeypatch):
+    """On CPUs one worker a node and the rest for Ray Data; on GPUs one a GPU; never more than there are micro-batches."""
+    config = load(TINY)
+    assert worker_layout(config, 4) == {"num_workers": 1, "use_gpu": False, "resources_per_worker": {"CPU": 1.0}, "data_cpus": 3.0}
+    monkeypatch.setattr(ray, "nodes", lambda: [{"Alive": True}] * 3)
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 12.0})
+    assert worker_layout(config, 4)["num_workers"] == (1, 3)
+    assert worker_layout(config, 2)["num_workers"] == (1, 2)
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 32.0, "GPU": 8.0})
+    layout = worker_layout(config, 16)
+    assert (layout["num_workers"], layout["resources_per_worker"], layout["data_cpus"]) == ((1, 8), {"CPU": 1.0, "GPU": 1.0}, 24.0)
+    fixed = load([*TINY, "--elastic.min_workers", "2", "--elastic.max_workers", "2", "--train.device", "cpu"])
+    assert worker_layout(fixed, 16)["num_workers"] == 2 and not worker_layout(fixed, 16)["use_gpu"]

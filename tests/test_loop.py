@@ -1,0 +1,133 @@
+"""The loop on one worker without Ray: figures a step, checkpoints, verdicts, continuation to the bit."""
+
+import warnings
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import torch
+
+from massl_ray.config import load
+from massl_ray.data.decode import read
+from massl_ray.data.order import samples_at, step_positions
+from massl_ray.method.views import make_views
+from massl_ray.training.collectives import Local
+from massl_ray.training.loop import Views, train
+from massl_ray.training.run import Run, prepare_run
+from massl_ray.training.state import build_state, from_tensors, state_sha256, to_tensors
+from tests.images import TINY
+
+
+class Memo:
+    """A recorder that remembers."""
+
+    def __init__(self, stop_after: int = 10**9):
+        self.lines: list[dict] = []
+        self.saved: dict[int, dict] = {}
+        self.evaluated: list[int] = []
+        self.unreadable: list[str] = []
+        self.stop_after = stop_after
+
+    def views(self, views: Views) -> None:
+        self.first = views
+
+    def metrics(self, lines) -> None:
+        self.lines += lines
+
+    def skipped(self, images) -> None:
+        self.unreadable += images
+
+    def checkpoint(self, state) -> None:
+        self.saved[state.step] = to_tensors(state)
+
+    def evaluate(self, state) -> None:
+        self.evaluated.append(state.step)
+
+    def stop_requested(self) -> bool:
+        return bool(self.lines) and self.lines[-1]["step"] >= self.stop_after
+
+
+@pytest.fixture
+def make_run(tiny_images, tmp_path):
+    def make(*flags: str) -> Run:
+        return prepare_run(load([*TINY, "--data.source", str(tiny_images), "--run.dir", str(tmp_path / "run"), *flags]))
+
+    return make
+
+
+def stream(run: Run, start: int = 0, skipped: list[str] | None = None) -> Iterator[Views]:
+    size = run.resolved.batch_size
+    for step in range(start, run.resolved.steps):
+        epochs, samples = samples_at(step_positions(step, size, 0, size), len(run.images), run.config.run.seed)
+        made = [
+            make_views(read(run.images.path(s)), run.config.views, seed=run.config.run.seed, epoch=int(e), sample=int(s))
+            for e, s in zip(epochs, samples, strict=True)
+        ]
+        yield Views(*(torch.from_numpy(np.stack(views)) for views in zip(*made, strict=True)), skipped or [])
+
+
+def start(run: Run, recorder: Memo, tensors=None, skipped=None):
+    state = build_state(run.config, run.resolved, torch.device("cpu"), Local())
+    if tensors:
+        from_tensors(state, tensors)
+    return train(run, state, stream(run, state.step, skipped), Local(), recorder)
+
+
+def test_a_whole_run(make_run):
+    run, recorder = make_run("--train.steps", "9", "--eval.knn_every", "6"), Memo()
+    outcome = start(run, recorder)
+    assert (outcome.status, outcome.step) == ("finished", 9)
+    assert [line["step"] for line in recorder.lines] == list(range(1, 10))
+    assert [line["images_seen"] for line in recorder.lines] == [8 * step for step in range(1, 10)]
+    assert recorder.lines[-1]["epoch"] == pytest.approx(9 * 8 / 48)
+    assert sorted(recorder.saved) == [4, 8, 9] and recorder.evaluated == [0, 6, 9]
+    for line in recorder.lines:
+        assert line["kl"] == pytest.approx(line["loss"] - line["teacher_entropy"])
+        assert line["world_size"] == 1 and line["images_per_s"] > 0 and 0 <= line["data_wait"] <= 1
+    assert recorder.lines[0]["loss"] != recorder.lines[-1]["loss"]
+
+
+def test_continued_from_a_checkpoint_to_the_bit(make_run):
+    """Drop path on: steps 5 to 8 after a restart from step 4 give the state that an undisturbed run has."""
+    run = make_run("--train.steps", "8")
+    whole, again = Memo(), Memo()
+    start(run, whole)
+    outcome = start(run, again, tensors=whole.saved[4])
+    assert outcome.status == "finished"
+    assert state_sha256(again.saved[8]) == state_sha256(whole.saved[8])
+    assert [line["loss"] for line in again.lines] == [line["loss"] for line in whole.lines[4:]]
+    assert state_sha256(whole.saved[4]) != state_sha256(whole.saved[8])
+
+
+def test_stop_saves_and_says_where(make_run):
+    run, recorder = make_run("--train.steps", "40"), Memo(stop_after=6)
+    outcome = start(run, recorder)
+    assert (outcome.status, outcome.step) == ("stopped", 8)
+    assert max(recorder.saved) == 8 and "after step 8" in outcome.message
+
+
+def test_collapse_is_named(make_run):
+    run, recorder = make_run("--train.steps", "40", "--monitor.min_spread", "1", "--monitor.patience", "6"), Memo()
+    outcome = start(run, recorder)
+    assert (outcome.status, outcome.step) == ("collapsed", 6)
+    assert max(recorder.saved) == 4
+
+
+def test_too_many_unreadable_images_end_the_run(make_run):
+    run, recorder = make_run("--train.steps", "40", "--data.max_skipped", "0.1"), Memo()
+    outcome = start(run, recorder, skipped=["a.png: OSError: gone"])
+    assert outcome.status == "unreadable" and "2 of 16 images" in outcome.message
+    assert recorder.unreadable == ["a.png: OSError: gone"] * 2
+    run, recorder = make_run("--train.steps", "4", "--data.max_skipped", "0.2"), Memo()
+    assert start(run, recorder, skipped=["a.png: OSError: gone"]).status == "finished"
+
+
+def test_a_step_draws_nothing_from_the_global_generators(make_run):
+    run = make_run("--train.steps", "3")
+    torch.manual_seed(5)
+    before = torch.random.get_rng_state()
+    with warnings.catch_warnings():
+        state_before = np.random.get_state()[1].copy()  # type: ignore[index]
+        start(run, Memo())
+        np.testing.assert_array_equal(np.random.get_state()[1], state_before)  # type: ignore[index]
+    assert torch.equal(torch.random.get_rng_state(), before)

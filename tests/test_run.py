@@ -1,0 +1,293 @@
+"""A run before it starts: what it fills in, what it refuses, and how it takes up a directory again."""
+
+import json
+import os
+from pathlib import Path
+from unittest import mock
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from massl_ray.config import Config, keys, load, read_toml, validate
+from massl_ray.data import sources
+from massl_ray.errors import UserError
+from massl_ray.training import run as module
+from massl_ray.training.run import FREE_TO_CHANGE, claim_directory, differing_keys, prepare_run, write_atomically, write_json
+
+
+def write_images(folder: Path, number: int) -> Path:
+    folder.mkdir(parents=True)
+    random = np.random.default_rng(number)
+    for index in range(number):
+        Image.fromarray(random.integers(0, 256, (20, 20, 3), dtype=np.uint8)).save(folder / f"{index:03d}.png")
+    return folder
+
+
+@pytest.fixture
+def plain(tmp_path) -> Path:
+    return write_images(tmp_path / "plain", 10)
+
+
+def write_classes(folder: Path, **numbers: int) -> Path:
+    for name, number in numbers.items():
+        write_images(folder / name, number)
+    return folder
+
+
+def config(source: Path, **sections) -> Config:
+    values = {
+        "run": {"dir": str(source.parent / "run")},
+        "data": {"source": str(source)},
+        "views": {"global_size": 32, "local_size": 16, "num_local": 1},
+        "model": {"backbone": "test_resnet", "drop_path": 0.0},
+        "train": {"epochs": 3.0, "global_batch_size": 4},
+    }
+    for section, changes in sections.items():
+        values[section] = values.get(section, {}) | changes
+    return validate(values)
+
+
+def claimed(source: Path, **sections) -> module.Run:
+    run = prepare_run(config(source, **sections))
+    claim_directory(run)
+    return run
+
+
+# ---- what it fills in ------------------------------------------------------------------------------------------------
+
+
+def test_every_auto_is_filled_in(plain):
+    run = claimed(plain)
+    written = keys(validate(read_toml(run.dir / "config.toml")))
+    assert written == keys(run.config)
+    expected = {
+        "memory.size": 8192,
+        "memory.num_blocks": 8,
+        "loss.teacher_temp": 0.04,
+        "loss.teacher_temp_start": 0.04,
+        "train.micro_batch_size": 4,
+        "train.steps": 8,  # 3 epochs of 10 images, 4 a step: 7.5
+    }
+    assert {key: written[key] for key in expected} == expected
+    assert written["optim.warmup_epochs"] == pytest.approx(0.32)  # a tenth of 8 * 4 / 10 epochs
+    assert written["loss.teacher_temp_epochs"] == pytest.approx(0.32)
+    assert [key for key, value in written.items() if value == "auto"] == ["train.device", "elastic.max_workers"]
+    assert (run.resolved.dataset_size, run.resolved.steps, run.resolved.batch_size) == (10, 8, 4)
+    assert run.images.paths.tolist() == [f"{index:03d}.png" for index in range(10)]
+
+
+def test_directory_is_laid_out(plain):
+    run = claimed(plain)
+    assert run.dir == plain.parent / "run" and run.checkpoints == run.dir / "checkpoints"
+    assert sorted(entry.name for entry in run.dir.iterdir()) == ["checkpoints", "config.toml", "eval"]
+
+
+def test_relative_directory_becomes_absolute(plain, monkeypatch):
+    monkeypatch.chdir(plain.parent)
+    assert prepare_run(config(plain, run={"dir": "here"})).dir == plain.parent / "here"
+
+
+def test_nothing_is_written_before_the_directory_is_claimed(plain):
+    assert not prepare_run(config(plain)).dir.exists()
+
+
+# ---- the same directory again ----------------------------------------------------------------------------------------
+
+
+def test_same_command_and_the_written_file_both_go_on(plain):
+    run = claimed(plain)
+    assert prepare_run(config(plain)).config == run.config
+    again = prepare_run(load(["--config", str(run.dir / "config.toml")]))
+    assert again.config == run.config and again.resolved == run.resolved
+
+
+@pytest.mark.parametrize(
+    ("section", "change"),
+    [
+        ("data", {"max_skipped": 0.5}),
+        ("train", {"log_every": 3, "checkpoint_every": 7}),
+        ("checkpoint", {"keep": 9}),
+        ("eval", {"knn_every": 5}),
+        ("elastic", {"min_workers": 1, "max_workers": 4, "max_failures": 2}),
+    ],
+)
+def test_harmless_settings_may_change(plain, section, change):
+    claimed(plain)
+    run = claimed(plain, **{section: change})
+    written = keys(validate(read_toml(run.dir / "config.toml")))
+    assert all(written[f"{section}.{key}"] == value for key, value in change.items())
+
+
+def test_moved_directory_goes_on(plain):
+    claimed(plain).dir.rename(plain.parent / "moved")
+    assert prepare_run(config(plain, run={"dir": str(plain.parent / "moved")})).config.run.dir.endswith("moved")
+
+
+def test_differing_configuration_is_refused_with_both_ways_out(plain):
+    run = claimed(plain)
+    before = (run.dir / "config.toml").read_text()
+    with pytest.raises(UserError) as refusal:
+        prepare_run(config(plain, run={"seed": 5}, optim={"lr": 0.25}))
+    assert str(refusal.value) == (
+        f"run.dir: {run.dir} belongs to another configuration: run.seed is 0 there and 5 now, optim.lr is 0.0005 there and "
+        f"0.25 now. Choose another --run.dir, or continue that run with --config {run.dir / 'config.toml'}."
+    )
+    assert (run.dir / "config.toml").read_text() == before
+
+
+def test_many_differences_are_counted(plain):
+    claimed(plain)
+    names = ("flip", "jitter", "gray", "solarize", "hue", "contrast", "saturation")
+    with pytest.raises(UserError, match="views.jitter is .* and 2 more. Choose"):
+        prepare_run(config(plain, views=dict.fromkeys(names, 0.3)))
+
+
+def test_more_images_are_another_configuration_where_that_changes_a_setting(plain):
+    claimed(plain)
+    write_images(plain / "more", 10)
+    with pytest.raises(UserError, match="train.steps is 8 there and 15 now"):
+        prepare_run(config(plain))
+
+
+def test_only_these_settings_are_free():
+    """Everything else is part of the result; whoever adds a key here has thought about that."""
+    free = [key for key in keys(validate({})) if key.startswith(FREE_TO_CHANGE)]
+    assert free == [
+        "run.dir",
+        "data.max_skipped",
+        "train.checkpoint_every",
+        "train.log_every",
+        "checkpoint.keep",
+        "eval.knn_every",
+        "elastic.min_workers",
+        "elastic.max_workers",
+        "elastic.max_failures",
+    ]
+    changed = validate({"run": {"dir": "other", "seed": 1}, "elastic": {"max_failures": 0}, "optim": {"lr": 1.0}})
+    assert differing_keys(validate({}), changed) == ["run.seed", "optim.lr"]
+
+
+# ---- directories that are not ours -----------------------------------------------------------------------------------
+
+
+def test_foreign_directory_is_refused_and_left_alone(plain):
+    with pytest.raises(UserError, match=r"plain exists and is not a run of massl-ray\. Choose another --run\.dir"):
+        prepare_run(config(plain, run={"dir": str(plain)}))
+    assert len(list(plain.iterdir())) == 10
+
+
+def test_a_file_is_no_directory(plain):
+    (plain.parent / "file").write_text("")
+    for path in ("file", "file/below"):
+        with pytest.raises(UserError, match="Choose another --run.dir"):
+            claimed(plain, run={"dir": str(plain.parent / path)})
+
+
+def test_empty_directory_and_hidden_files_are_welcome(plain):
+    (plain.parent / "run").mkdir()
+    (plain.parent / "run" / ".DS_Store").write_text("")
+    assert (claimed(plain).dir / "config.toml").is_file()
+
+
+# ---- what is refused before anything starts --------------------------------------------------------------------------
+
+
+def test_backbone_that_cannot_take_the_views_is_refused(plain):
+    with pytest.raises(UserError, match="test_vit_relpos does not take views.local_size 16"):
+        prepare_run(config(plain, model={"backbone": "test_vit_relpos"}))
+
+
+def test_unreadable_images_are_refused(plain):
+    for index in range(2):
+        (plain / f"00{index}.png").write_bytes(b"no image")
+    with pytest.raises(UserError, match=r"2 of the 10 images tried .*000\.png"):
+        prepare_run(config(plain))
+    assert len(prepare_run(config(plain, data={"max_skipped": 0.2})).images) == 10
+
+
+def test_more_workers_than_micro_batches_are_refused(plain):
+    with pytest.raises(UserError, match="elastic.min_workers is 3, but a batch of 4 images has only 2 micro-batches"):
+        prepare_run(config(plain, train={"micro_batch_size": 2}, elastic={"min_workers": 3}))
+    prepare_run(config(plain, train={"micro_batch_size": 2}, elastic={"min_workers": 2}))
+
+
+# ---- k-NN sides ------------------------------------------------------------------------------------------------------
+
+
+def test_without_classes_there_are_no_sides(plain):
+    run = prepare_run(config(plain))
+    assert run.bank is None and run.queries is None
+    with pytest.raises(UserError, match="data.test_source is given, but .*plain has no class folders"):
+        prepare_run(config(plain, data={"test_source": str(plain)}))
+
+
+def test_a_tenth_is_held_out(tmp_path):
+    run = prepare_run(config(write_classes(tmp_path / "images", cat=20, dog=20)))
+    held_out = [23, 25, 36]  # of the first 40 draws of the keyed stream, those under a tenth
+    assert run.queries.paths.tolist() == [run.images.paths[i] for i in held_out]
+    assert run.queries.labels.tolist() == [1, 1, 1]
+    assert run.bank.paths.tolist() == [path for i, path in enumerate(run.images.paths) if i not in held_out]
+    assert len(run.images) == 40  # training sees all
+
+
+def test_too_few_images_to_hold_any_out_means_no_sides(tmp_path):
+    run = prepare_run(config(write_classes(tmp_path / "images", cat=5, dog=5)))
+    assert run.images.labels is not None and run.bank is None and run.queries is None
+
+
+def test_test_source_is_numbered_by_the_training_classes(tmp_path):
+    source = write_classes(tmp_path / "images", ant=2, cat=3, dog=2)
+    test = write_classes(tmp_path / "test", cat=2, dog=3)
+    run = prepare_run(config(source, data={"test_source": str(test)}))
+    assert run.bank.labels.tolist() == [0, 0, 1, 1, 1, 2, 2] and len(run.bank) == 7
+    assert run.queries.labels.tolist() == [1, 1, 2, 2, 2]
+    assert run.queries.classes == run.bank.classes == ("ant", "cat", "dog")
+    assert run.queries.path(0) == os.path.join(test, "cat", "000.png")
+
+
+def test_unknown_class_in_test_source_is_refused(tmp_path):
+    source = write_classes(tmp_path / "images", cat=3, dog=2)
+    test = write_classes(tmp_path / "test", cat=2, zebra=3)
+    with pytest.raises(UserError, match="test has the class 'zebra', which data.source lacks. Its folders must be named as"):
+        prepare_run(config(source, data={"test_source": str(test)}))
+
+
+def test_test_source_without_classes_is_refused(tmp_path, plain):
+    source = write_classes(tmp_path / "images", cat=3, dog=2)
+    with pytest.raises(UserError, match="data.test_source: .*plain has no class folders"):
+        prepare_run(config(source, data={"test_source": str(plain)}))
+
+
+def test_large_sides_are_thinned_evenly(tmp_path):
+    source = write_classes(tmp_path / "images", cat=4, dog=5)
+    test = write_classes(tmp_path / "test", cat=2, dog=2)
+    run = prepare_run(config(source, data={"test_source": str(test)}, eval={"max_images": 5}))
+    assert run.bank.paths.tolist() == [run.images.paths[i] for i in (0, 2, 4, 6, 8)]
+    assert run.bank.labels.tolist() == [0, 0, 1, 1, 1]
+    assert len(run.queries) == 4
+
+
+def test_demo_is_tested_on_its_own_test_part(tmp_path):
+    parts = {
+        "train": write_classes(tmp_path / "train", cat=3, dog=3),
+        "test": write_classes(tmp_path / "test", cat=2, dog=2),
+    }
+    with mock.patch.object(sources, "demo_folder", parts.get):
+        run = prepare_run(config(tmp_path / "run", data={"source": "demo"}))
+    assert (run.bank.root, run.queries.root) == (str(parts["train"]), str(parts["test"]))
+
+
+# ---- files -----------------------------------------------------------------------------------------------------------
+
+
+def test_writing_replaces_whole_files_and_leaves_nothing_beside(tmp_path):
+    path = tmp_path / "values.json"
+    write_json(path, {"a": 1, "b": [None, 0.5]})
+    assert json.loads(path.read_text()) == {"a": 1, "b": [None, 0.5]}
+    with pytest.raises(TypeError):
+        write_json(path, object())
+    with mock.patch.object(Path, "write_text", side_effect=OSError("disk full")), pytest.raises(OSError, match="disk full"):
+        write_atomically(path, "half of it")
+    assert json.loads(path.read_text()) == {"a": 1, "b": [None, 0.5]}
+    assert list(tmp_path.iterdir()) == [path]
