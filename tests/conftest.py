@@ -3,6 +3,9 @@
 import os
 
 import pytest
+import torch
+
+torch.set_num_threads(1)  # two threads on busy cores wait for each other
 
 os.environ.setdefault("RAY_AUTH_MODE", "disabled")
 os.environ["RAY_ENABLE_UV_RUN_RUNTIME_ENV"] = "0"

@@ -242,9 +242,9 @@ def fingerprint(config: Config) -> dict:
 
 
 BASE = (
-    "--config /dev/null --model.backbone test_vit --model.drop_path 0.2 --views.global_size 32 --views.local_size 16 --views.num_local 2 "
-    "--head.hidden_dim 16 --head.dim 8 --memory.size 32 --memory.num_blocks 4 --train.global_batch_size 4 --train.micro_batch_size 4 "
-    "--train.precision fp32 --train.epochs 20"
+    "--config /dev/null --model.backbone test_vit --model.drop_path 0.2 --views.global_size 32 --views.local_size 16 "
+    "--views.num_local 2 --head.hidden_dim 16 --head.dim 8 --memory.size 32 --memory.num_blocks 4 --train.global_batch_size 4 "
+    "--train.micro_batch_size 4 --train.precision fp32 --train.epochs 20"
 ).split()
 
 

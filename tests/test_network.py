@@ -137,6 +137,7 @@ def test_same_draws_same_embeddings_and_none_means_identity(backbone):
     with torch.no_grad():
         dropped = student(views, draws)
         assert torch.equal(dropped, student(views, draws))
+        assert torch.equal(student.backbone(views[0]), plain.backbone(views[0]))  # as an evaluation calls it
         assert torch.equal(student(views), plain(views))  # no draws left over from the call before
         assert not torch.allclose(dropped, plain(views))
         certain = student(views, torch.ones_like(draws))

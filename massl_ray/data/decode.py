@@ -48,7 +48,7 @@ def read(path: str) -> Image.Image:
 def _decode(data: bytes) -> Image.Image:
     image = Image.open(io.BytesIO(data))
     image.load()
-    turn = TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
+    turn = TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
     if turn is not None:  # not ImageOps.exif_transpose: it also writes the EXIF block anew, and fails where that is broken
         image = image.transpose(turn)
     if image.mode.startswith("I") or image.mode == "F":

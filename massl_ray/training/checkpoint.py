@@ -48,9 +48,7 @@ def write_checkpoint(folder: Path, tensors: Mapping[str, Tensor], facts: Mapping
 
 def list_checkpoints(folder: Path) -> list[Path]:
     """Finished checkpoints, oldest first."""
-    found = [
-        path for path in folder.glob("step_*") if path.name.removeprefix("step_").isdecimal() and (path / MANIFEST).is_file()
-    ]
+    found = [path for path in folder.glob("step_*") if path.name.removeprefix("step_").isdecimal() and (path / MANIFEST).is_file()]
     return sorted(found, key=lambda path: int(path.name.removeprefix("step_")))
 
 
