@@ -10,8 +10,8 @@ from massl_ray.errors import UserError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; returns its exit code: 0 done, 1 the run failed, 2 a mistake in what was asked "
-    "for, 128 + n ended by signal n."""
+    """Run the command; returns its exit code: 0 done, 1 the run failed, 2 a mistake in what was asked
+    for, 128 + n ended by signal n."""
     started = time.monotonic()
     try:
         return train(sys.argv[1:] if argv is None else argv, started)

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from massl_ray import config as configuration
+import massl_ray
 from massl_ray.config import Config, fill, keys, load, presets, resolve, to_toml
 from massl_ray.errors import UserError
 
-PACKAGE = Path(configuration.__file__).parent
+PACKAGE = Path(massl_ray.__file__).parent
 
 
 def test_flags_over_file_over_preset(tmp_path):

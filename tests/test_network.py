@@ -23,7 +23,6 @@ from massl_ray.method.network import (
     check_backbone,
     drop_path_draws,
     load_weights,
-    num_drop_paths,
 )
 
 
@@ -108,14 +107,14 @@ def test_every_block_of_a_student_drops_with_its_own_probability():
     rates = [module.drop_probability for module in encoder.drop_paths]
     reference = timm.create_model("test_vit", num_classes=0, drop_path_rate=0.3)
     expected = [module.drop_prob for module in reference.modules() if type(module).__name__ == "DropPath"]
-    assert rates == expected and rates[-1] == pytest.approx(0.3) and num_drop_paths(encoder) == len(rates)
+    assert rates == expected and rates[-1] == pytest.approx(0.3) and len(encoder.drop_paths) == len(rates)
     assert not any(type(module).__name__ == "DropPath" for module in encoder.modules())
-    assert num_drop_paths(build_encoder(config())) == 0
+    assert len(build_encoder(config()).drop_paths) == 0
 
 
 def test_draws_are_keyed_and_view_major():
     encoder = build_encoder(config(), drop_path=0.3)
-    layers = num_drop_paths(encoder)
+    layers = len(encoder.drop_paths)
     drawn = drop_path_draws(encoder, 5, 7, 1, size=3, num_views=4)
     expected = generator(Stream.DROP_PATH, 5, 7, 1).random((layers, 12), dtype="float32")
     assert (drawn.numpy() == expected).all()
@@ -149,7 +148,7 @@ def test_draws_go_to_the_rows_they_belong_to():
     """Row r of the forward pass gets column r of the draws, over both resolutions."""
     student = build_encoder(config(), drop_path=0.3).eval().double()
     views = [images(2, 32).double(), images(3, 16).double()]
-    draws = torch.rand(num_drop_paths(student), 5, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    draws = torch.rand(len(student.drop_paths), 5, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
     with torch.no_grad():
         together = student(views, draws)
         first = 0

@@ -16,8 +16,8 @@ from massl_ray.keyed import Stream, generator, seed_for
 
 
 class KeyedDropPath(nn.Module):
-    """Stochastic depth whose coin flips are handed in, so that they depend on the image's place in the "
-    "batch and on nothing else."""
+    """Stochastic depth whose coin flips are handed in, so that they depend on the image's place in the
+    batch and on nothing else."""
 
     def __init__(self, drop_probability: float):
         super().__init__()
@@ -131,10 +131,9 @@ def _create(name: str, arguments: dict[str, Any], *extras: dict[str, Any]) -> nn
 def check_backbone(config: Config) -> None:
     """Build the backbone without memory and send it one view of each size. Raises UserError for what would fail later."""
     check_name(config.model.backbone)
+    plain = config.model.model_copy(update={"init": "random"})
     with torch.device("meta"), torch.no_grad():
-        backbone = build_backbone(
-            config.model.model_copy(update={"init": "random"}), config.views.global_size, config.model.drop_path
-        ).eval()
+        backbone = build_backbone(plain, config.views.global_size, config.model.drop_path).eval()
         for key in ("global_size", "local_size")[: 2 if config.views.num_local else 1]:
             side = getattr(config.views, key)
             try:
@@ -164,10 +163,6 @@ def load_weights(model: nn.Module, path: Path) -> None:
         model.load_state_dict(weights, strict=True)
     except (RuntimeError, TypeError, AttributeError) as error:  # the latter two: no dictionary, keys that are no names
         raise UserError(f"model.init: {path} does not fit the backbone. {str(error).splitlines()[-1].strip()}") from None
-
-
-def num_drop_paths(encoder: Encoder) -> int:
-    return len(encoder.drop_paths)
 
 
 def drop_path_draws(encoder: Encoder, seed: int, step: int, micro_batch: int, size: int, num_views: int) -> Tensor | None:

@@ -1,0 +1,26 @@
+"""The whole configuration: frozen models, presets, TOML files and flags. Imports neither torch nor ray.
+
+`load(argv)` layers preset < file < flags and returns a `Config`; `resolve(config, dataset_size)` derives, purely, everything
+that depends on the size of the data set. Nothing else in the package computes a setting.
+"""
+
+from massl_ray.config.loading import keys, load, presets, read_toml, to_toml, validate
+from massl_ray.config.resolve import Resolved, fill, resolve
+from massl_ray.config.schema import Config, HeadSection, ModelSection, MonitorSection, ViewsSection
+
+__all__ = [
+    "Config",
+    "HeadSection",
+    "ModelSection",
+    "MonitorSection",
+    "Resolved",
+    "ViewsSection",
+    "fill",
+    "keys",
+    "load",
+    "presets",
+    "read_toml",
+    "resolve",
+    "to_toml",
+    "validate",
+]

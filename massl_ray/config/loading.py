@@ -1,0 +1,165 @@
+"""Presets, TOML files and flags become a `Config`; what does not is refused in a sentence."""
+
+import argparse
+import difflib
+import tomllib
+from collections.abc import Iterator, Mapping, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+from pydantic_settings import CliSettingsSource
+from pydantic_settings.exceptions import SettingsError
+
+from massl_ray.config.schema import Config, Section, merge
+from massl_ray.errors import UserError
+
+
+def load(argv: Sequence[str], prog: str = "massl-ray train") -> Config:
+    """Layer preset < TOML file < flags. Without --preset and --config the preset is `demo`.
+
+    Raises UserError, naming the key and the nearest valid one, for anything unknown or out of range.
+    """
+    own = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    own.add_argument("--preset")
+    own.add_argument("--config")
+    own.error = _refuse  # type: ignore[method-assign]
+    layers, rest = own.parse_known_args(list(argv))
+
+    if "-h" in rest or "--help" in rest:
+        _help(prog).print_help()
+        raise SystemExit(0)
+    _check_flags(rest)
+    values: dict[str, Any] = {}
+    if layers.preset or not layers.config:
+        values = read_preset(layers.preset or "demo")
+    if layers.config:
+        values = merge(values, read_toml(Path(layers.config)))
+    try:
+        flags = CliSettingsSource(Config, cli_parse_args=rest, cli_exit_on_error=False, cli_parse_none_str="none")()
+    except SettingsError as error:
+        raise UserError(f"The flags could not be read: {str(error).removeprefix('error parsing CLI: ')}. See --help.") from None
+    return validate(merge(values, flags))
+
+
+def validate(values: Mapping[str, Any]) -> Config:
+    """Build a Config from nested values, with errors rewritten as sentences."""
+    try:
+        return Config(**values)
+    except ValidationError as error:
+        raise UserError(" ".join(_sentence(item) for item in error.errors())) from None
+
+
+def presets() -> list[str]:
+    return sorted(
+        entry.name.removesuffix(".toml") for entry in resources.files("massl_ray.presets").iterdir() if entry.name.endswith(".toml")
+    )
+
+
+def read_preset(name: str) -> dict[str, Any]:
+    if name not in presets():
+        raise UserError(f"There is no preset '{name}'{_close(name, presets())}. Presets: {', '.join(presets())}.")
+    return tomllib.loads((resources.files("massl_ray.presets") / f"{name}.toml").read_text())
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text())
+    except OSError as error:
+        raise UserError(f"The configuration file {path} cannot be read: {error.strerror}.") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not valid TOML: {error}.") from None
+
+
+def to_toml(config: Config) -> str:
+    """Write a configuration as TOML that `load(['--config', FILE])` reads back to an equal one. None is
+    left out: it is the default."""
+    lines: list[str] = []
+    for section, values in config.model_dump().items():
+        lines.append(f"[{section}]")
+        lines += [f"{key} = {_toml_value(value)}" for key, value in values.items() if value is not None]
+        lines.append("")
+    return "\n".join(lines)
+
+
+def keys(config: Config) -> dict[str, Any]:
+    """Every setting as {'section.key': value}."""
+    return {f"{section}.{key}": value for section, values in config.model_dump().items() for key, value in values.items()}
+
+
+def _help(prog: str) -> argparse.ArgumentParser:
+    """A parser that only prints: one group a section, with units and defaults from the fields' docstrings."""
+    usage = f"{prog} [--preset NAME] [--config FILE.toml] [--section.key VALUE ...]"
+    parser = argparse.ArgumentParser(
+        usage=usage,
+        add_help=False,
+        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=28, width=120),
+    )
+    parser.description = "Pretrain a vision backbone on unlabelled images with MaSSL."
+    parser.epilog = (
+        f"Presets: {', '.join(presets())}. A flag overrides the file, the file overrides the preset. "
+        "Without either, the preset is demo."
+    )
+    for section, model in Config.model_fields.items():
+        annotation: type[Section] = model.annotation  # type: ignore[assignment]
+        group = parser.add_argument_group(section, annotation.__doc__)
+        for key, field in annotation.model_fields.items():
+            default = ",".join(map(str, field.default)) if isinstance(field.default, tuple) else field.default
+            group.add_argument(f"--{section}.{key}", metavar="", help=f"{field.description} [{default}]".replace("%", "%%"))
+    return parser
+
+
+def _flags() -> Iterator[tuple[str, Any]]:
+    for section, model in Config.model_fields.items():
+        for key, field in model.annotation.model_fields.items():  # type: ignore[union-attr]
+            yield f"{section}.{key}", field
+
+
+def _check_flags(arguments: Sequence[str]) -> None:
+    known = dict(_flags())
+    for argument in arguments:
+        if argument.startswith("--"):
+            name = argument[2:].split("=", 1)[0]
+            if name not in known:
+                raise UserError(f"There is no setting '{name}'{_close(name, [*known, 'preset', 'config'])}. See --help.")
+
+
+def _refuse(message: str):
+    raise UserError(f"The flags could not be read: {message}. See --help.")
+
+
+def _close(name: str, candidates: Sequence[str]) -> str:
+    """'; the nearest is ...', or nothing. 'train.batch_size' has two near keys: both are named."""
+    matches = difflib.get_close_matches(name, candidates, n=2, cutoff=0.5)
+    if len(matches) == 2 and name.split(".")[-1] not in matches[1]:
+        matches = matches[:1]
+    return f"; the nearest is {' or '.join(repr(match) for match in matches)}" if matches else ""
+
+
+def _sentence(item: Any) -> str:
+    path = [str(part) for part in item["loc"]]
+    key = ".".join(path[:2])
+    if item["type"] == "extra_forbidden":
+        return f"There is no setting '{key}'{_close(key, [name for name, _ in _flags()])}."
+    if item["type"] == "value_error":
+        return f"{item['ctx']['error']}."
+    if path[2:] and path[2].startswith(("constrained", "literal", "float", "int")) and path[2].startswith("literal"):
+        return ""  # the other arm of 'number or auto' says it better
+    return f"{key} is {item['input']!r}: {item['msg'][0].lower()}{item['msg'][1:]}."
+
+
+def _toml_value(value: Any) -> str:
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, str):
+        return '"' + "".join(_toml_character(c) for c in value) + '"'
+    if isinstance(value, tuple | list):
+        return "[" + ", ".join(_toml_value(item) for item in value) + "]"
+    return repr(value)
+
+
+def _toml_character(character: str) -> str:
+    if character in '"\\':
+        return "\\" + character
+    return character if character.isprintable() else f"\\u{ord(character):04x}"

@@ -1,0 +1,273 @@
+"""Every setting, with its unit, range and default. Imports neither torch nor ray."""
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+Auto = Literal["auto"]
+Probability = Annotated[float, Field(ge=0, le=1)]
+Positive = Annotated[float, Field(gt=0)]
+Share = Annotated[float, Field(gt=0, le=1)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class RunSection(Section):
+    """Where the run lives."""
+
+    dir: Annotated[str, Field(min_length=1)] = "runs/demo"
+    """Run directory: configuration, metrics, checkpoints, report. Run the same command again to continue it."""
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    """Seed of every draw: weights, memory, order, views, drop path, blocks."""
+
+
+class DataSection(Section):
+    """The images."""
+
+    source: Annotated[str, Field(min_length=1)] = "demo"
+    """A folder of images (any nesting), or 'demo' for the tiles that come with scikit-image."""
+    test_source: str | None = None
+    """A folder of test images for k-NN, with the class folders of data.source. None: a tenth of
+    data.source is held out as queries."""
+    max_skipped: Share = 0.05
+    """Share of unreadable images, among those tried, above which the run stops."""
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    """Channel means (red, green, blue, in 0..1) subtracted from every view."""
+    std: tuple[Positive, Positive, Positive] = (0.229, 0.224, 0.225)
+    """Channel standard deviations (in 0..1) that every view is divided by."""
+
+
+class ViewsSection(Section):
+    """Multi-crop views and their augmentation, in the paper's order."""
+
+    global_size: Annotated[int, Field(ge=8)] = 224
+    """Side of the two global views, in pixels."""
+    local_size: Annotated[int, Field(ge=8)] = 96
+    """Side of the local views, in pixels."""
+    num_local: Annotated[int, Field(ge=0)] = 10
+    """Local views an image."""
+    global_area: tuple[Share, Share] = (0.32, 1.0)
+    """Smallest and largest share of the image's area that a global view covers."""
+    local_area: tuple[Share, Share] = (0.05, 0.32)
+    """Smallest and largest share of the image's area that a local view covers."""
+    flip: Probability = 0.5
+    """Probability of a horizontal flip."""
+    jitter: Probability = 0.8
+    """Probability of colour jitter."""
+    brightness: Probability = 0.4
+    """Colour jitter: brightness factor drawn from 1 +- this."""
+    contrast: Probability = 0.4
+    """Colour jitter: contrast factor drawn from 1 +- this."""
+    saturation: Probability = 0.2
+    """Colour jitter: saturation factor drawn from 1 +- this."""
+    hue: Annotated[float, Field(ge=0, le=0.5)] = 0.1
+    """Colour jitter: hue shift drawn from +- this, in turns of the colour wheel."""
+    gray: Probability = 0.2
+    """Probability of turning the view gray."""
+    blur: tuple[Probability, Probability, Probability] = (1.0, 0.1, 0.5)
+    """Probability of Gaussian blur on the first global, the second global and the local views."""
+    blur_sigma: tuple[Positive, Positive] = (0.1, 2.0)
+    """Range of the blur's standard deviation, in pixels of the view."""
+    solarize: Probability = 0.2
+    """Probability of solarizing the second global view."""
+
+
+class ModelSection(Section):
+    """The backbone."""
+
+    backbone: str = "vit_small_patch16_224"
+    """Any timm model name."""
+    init: str = "random"
+    """'random', 'pretrained' (timm's weights) or the path of a weights file (.safetensors, or .pth read without executing code)."""
+    drop_path: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    """Stochastic depth of the student's last block; the teacher has none."""
+
+
+class HeadSection(Section):
+    """The projection head: a multi-layer perceptron onto the unit sphere."""
+
+    num_layers: Annotated[int, Field(ge=1)] = 3
+    """Linear layers."""
+    hidden_dim: Annotated[int, Field(ge=1)] = 2048
+    """Width of the hidden layers."""
+    dim: Annotated[int, Field(ge=2)] = 256
+    """Width of the embedding, and of the memory's rows."""
+    batch_norm: bool = False
+    """Batch norm after each hidden layer. It helps convolutional backbones on small data sets."""
+
+
+class MemorySection(Section):
+    """The memory of past embeddings."""
+
+    size: Annotated[int, Field(ge=2)] | Auto = "auto"
+    """Slots K. auto: 8,192 up to 20 thousand images, rising to 131,072 from a million on."""
+    num_blocks: Annotated[int, Field(ge=1)] | Auto = "auto"
+    """Random blocks the memory is read in; a block has size // num_blocks slots. auto: 8."""
+
+
+class LossSection(Section):
+    """The read-out loss."""
+
+    student_temp: Positive = 0.1
+    """Temperature of the student's similarities."""
+    teacher_temp: Positive | Auto = "auto"
+    """Temperature of the teacher's similarities after the rise. auto: 0.04 up to 20 thousand images,
+    rising to 0.07 at a million."""
+    teacher_temp_start: Positive | Auto = "auto"
+    """Temperature of the teacher's similarities at the first step. auto: 0.04, or teacher_temp where that is lower."""
+    teacher_temp_epochs: Annotated[float, Field(ge=0)] | Auto = "auto"
+    """Epochs over which the teacher's temperature rises. auto: 30, at most a tenth of the run."""
+    koleo_weight: Annotated[float, Field(ge=0)] = 0.0
+    """Weight of the KoLeo spread term on the student's global embeddings. The paper's recipes use 0."""
+
+
+class OptimSection(Section):
+    """AdamW and its schedules, all cosine functions of images seen."""
+
+    lr: Positive = 5e-4
+    """Peak learning rate for a batch of 256; it is scaled by train.global_batch_size / 256."""
+    lr_final: Annotated[float, Field(ge=0)] = 1e-6
+    """Learning rate at the end."""
+    warmup_epochs: Annotated[float, Field(ge=0)] | Auto = "auto"
+    """Epochs of linear warm-up from 0. auto: 0 up from a million images (ViT-S recipe), else 10, at most a tenth of the run."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.04
+    """Weight decay at the start; none on biases and one-dimensional parameters."""
+    weight_decay_final: Annotated[float, Field(ge=0)] = 0.4
+    """Weight decay at the end."""
+    clip_norm: Positive = 3.0
+    """Largest gradient norm of each parameter tensor."""
+    teacher_momentum: Probability = 0.992
+    """Momentum of the teacher's moving average at the start."""
+    teacher_momentum_final: Probability = 1.0
+    """Momentum of the teacher's moving average at the end."""
+
+
+class TrainSection(Section):
+    """The run's length, batch and arithmetic."""
+
+    epochs: Positive = 800.0
+    """Passes over the images. train.steps takes precedence."""
+    steps: Annotated[int, Field(ge=1)] | None = None
+    """Optimizer steps, instead of epochs."""
+    global_batch_size: Annotated[int, Field(ge=2)] = 1024
+    """Images a step, over all workers; it never changes with their number."""
+    micro_batch_size: Annotated[int, Field(ge=1)] | Auto = "auto"
+    """Images computed at once; it divides the batch, and workers share out whole micro-batches. auto:
+    the largest divisor up to 64."""
+    precision: Literal["bf16", "fp32"] = "bf16"
+    """Arithmetic of the backbone. Head, read-out and optimizer are always fp32."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: cuda where the cluster has GPUs."""
+    threads: Annotated[int, Field(ge=1)] = 1
+    """CPU threads a worker computes with."""
+    checkpoint_every: Annotated[int, Field(ge=1)] = 500
+    """Steps between checkpoints."""
+    log_every: Annotated[int, Field(ge=1)] = 10
+    """Steps between looks at the metrics: each look waits for the device and writes one line a step."""
+
+
+class CheckpointSection(Section):
+    """Which checkpoints stay."""
+
+    keep: Annotated[int, Field(ge=1)] = 2
+    """How many of the latest checkpoints are kept."""
+
+
+class EvalSection(Section):
+    """k-NN on teacher features while training, where images have class folders."""
+
+    knn_every: Annotated[int, Field(ge=0)] = 1000
+    """Steps between k-NN evaluations. 0: never while training."""
+    knn_k: Annotated[int, Field(ge=1)] = 20
+    """Neighbours that vote."""
+    knn_temp: Positive = 0.07
+    """Temperature of the votes' weights."""
+    crop: Share = 0.875
+    """Share of the shorter side that the centred evaluation view covers."""
+    max_images: Annotated[int, Field(ge=2)] = 5000
+    """At most this many images each side, evenly spaced through the listing."""
+
+
+class MonitorSection(Section):
+    """When a run counts as collapsed."""
+
+    min_spread: Annotated[float, Field(ge=0, le=1)] = 0.05
+    """Embedding spread (1: evenly over the sphere, 0: one point) under which a step counts towards a collapse."""
+    patience: Annotated[int, Field(ge=1)] = 50
+    """Such steps in a row that stop the run."""
+
+
+class ElasticSection(Section):
+    """How many workers."""
+
+    min_workers: Annotated[int, Field(ge=1)] = 1
+    """Fewest workers to train with."""
+    max_workers: Annotated[int, Field(ge=1)] | Auto = "auto"
+    """Most workers. auto: one a GPU; without GPUs one a node, leaving at least half of the CPUs to Ray Data."""
+    max_failures: Annotated[int, Field(ge=0)] = 8
+    """Worker failures (preemptions not counted) after which the run gives up."""
+
+
+class Config(BaseSettings):
+    """A whole run. Keys are written section.key; unknown keys are refused."""
+
+    model_config = SettingsConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    run: RunSection = RunSection()
+    data: DataSection = DataSection()
+    views: ViewsSection = ViewsSection()
+    model: ModelSection = ModelSection()
+    head: HeadSection = HeadSection()
+    memory: MemorySection = MemorySection()
+    loss: LossSection = LossSection()
+    optim: OptimSection = OptimSection()
+    train: TrainSection = TrainSection()
+    checkpoint: CheckpointSection = CheckpointSection()
+    eval: EvalSection = EvalSection()
+    monitor: MonitorSection = MonitorSection()
+    elastic: ElasticSection = ElasticSection()
+
+    @classmethod
+    def settings_customise_sources(cls, settings_cls, init_settings, env_settings, dotenv_settings, file_secret_settings):
+        return (init_settings,)  # no environment variables: a run is what its file and flags say
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "Config":
+        for name in ("global_area", "local_area", "blur_sigma"):
+            low, high = getattr(self.views, name)
+            if low > high:
+                raise ValueError(f"views.{name} must rise: its lower bound {low} is above its upper bound {high}")
+        size, blocks = self.memory.size, self.memory.num_blocks
+        if size != "auto" and blocks != "auto" and size < 2 * blocks:
+            raise ValueError(
+                f"memory.size {size} is too small for memory.num_blocks {blocks}: a block needs at least two slots; "
+                f"raise memory.size to {2 * blocks} or more, or lower memory.num_blocks"
+            )
+        micro, batch = self.train.micro_batch_size, self.train.global_batch_size
+        if micro != "auto" and batch % micro:
+            raise ValueError(
+                f"train.micro_batch_size {micro} must divide train.global_batch_size {batch}; the nearest that does "
+                f"is {_nearest_divisor(batch, micro)}"
+            )
+        if self.elastic.max_workers != "auto" and self.elastic.max_workers < self.elastic.min_workers:
+            raise ValueError(
+                f"elastic.max_workers {self.elastic.max_workers} is below elastic.min_workers "
+                f"{self.elastic.min_workers}; raise the one or lower the other"
+            )
+        return self
+
+
+def _nearest_divisor(number: int, wanted: int) -> int:
+    return min((size for size in range(1, number + 1) if number % size == 0), key=lambda size: abs(size - wanted))
+
+
+def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested values, those of `over` on top."""
+    merged = dict(base)
+    for key, value in over.items():
+        merged[key] = merge(merged[key], value) if isinstance(value, Mapping) and isinstance(merged.get(key), Mapping) else value
+    return merged
