@@ -1,4 +1,4 @@
-"""The demo tiles: how a picture is cut, and that the folder is made once and whole or not at all."""
+"""The demo images: tiles that tell classes only by texture, test tiles from elsewhere than training tiles."""
 
 from pathlib import Path
 
@@ -7,128 +7,143 @@ import pytest
 from PIL import Image
 
 from massl_ray.data import demo
-from massl_ray.data.demo import BLOCK, TILE, cut_tiles, demo_folder
+from massl_ray.data.demo import BLOCK, FLAT, PICTURES, TILE, cut_tiles, demo_folder
 from massl_ray.errors import UserError
 
-
-def noise(rows: int, columns: int, seed: int = 0) -> np.ndarray:
-    """A gray picture of so many tiles, no two alike."""
-    return np.random.default_rng(seed).integers(0, 256, (rows * TILE, columns * TILE)).astype(float)
+BOARD = TILE * BLOCK * 3
 
 
-def tile_at(picture: np.ndarray, row: int, column: int) -> np.ndarray:
-    tile = picture[row * TILE : (row + 1) * TILE, column * TILE : (column + 1) * TILE]
-    return np.clip(np.rint(128 + 48 * (tile - np.mean(tile)) / np.sqrt(np.mean((tile - np.mean(tile)) ** 2))), 0, 255)
+def noise(height: int, width: int, brightness: float = 100, contrast: float = 20) -> np.ndarray:
+    return np.random.default_rng(1).normal(brightness, contrast, (height, width))
+
+
+def cell(part: np.ndarray) -> np.ndarray:
+    """What a tile becomes, by its definition."""
+    return np.clip(np.round(128 + 48 * (part - part.mean()) / part.std()), 0, 255)
+
+
+def test_tiles_are_cut_in_rows_and_the_rest_is_left():
+    picture = noise(TILE * 2 + 31, TILE * 3 + 7)
+    tiles = cut_tiles(picture)
+    assert len(tiles["train"]) == 6 and tiles["test"] == []
+    for number, tile in enumerate(tiles["train"]):
+        row, column = divmod(number, 3)
+        assert np.array_equal(tile, cell(picture[row * 32 : row * 32 + 32, column * 32 : column * 32 + 32]))
+
+
+def test_brightness_and_contrast_give_nothing_away():
+    base = noise(64, 64)
+    for other in (base + 90, base * 3, base * 0.5 - 40):
+        for one, two in zip(cut_tiles(base)["train"], cut_tiles(other)["train"], strict=True):
+            assert np.abs(one.astype(int) - two).max() <= 1
+    for tile in cut_tiles(base)["train"]:
+        assert tile.dtype == np.uint8 and tile.mean() == pytest.approx(128, abs=1) and tile.std() == pytest.approx(48, abs=1)
+
+
+def test_flat_tiles_are_dropped():
+    picture = noise(TILE, TILE * 3)
+    for column, contrast in ((1, FLAT * 0.98), (2, FLAT * 1.02)):
+        part = picture[:, column * TILE : (column + 1) * TILE]
+        part[:] = (part - part.mean()) / part.std() * contrast + 50
+    tiles = cut_tiles(picture)["train"]
+    assert len(tiles) == 2 and np.array_equal(tiles[1], cell(picture[:, 2 * TILE :]))
+    assert cut_tiles(np.zeros((64, 64))) == {"train": [], "test": []}
+
+
+def test_every_third_block_is_for_test():
+    picture = noise(BOARD, BOARD)
+    tiles = cut_tiles(picture)
+    assert len(tiles["test"]) == 3 * 16 and len(tiles["train"]) == 6 * 16
+    board = [[(row + column) % 3 == 2 for column in range(3)] for row in range(3)]
+    expected = [
+        cell(picture[row * 32 : row * 32 + 32, column * 32 : column * 32 + 32])
+        for row in range(12)
+        for column in range(12)
+        if board[row // 4][column // 4]
+    ]
+    assert all(np.array_equal(one, two) for one, two in zip(tiles["test"], expected, strict=True))
 
 
 @pytest.fixture
-def pictures(tmp_path, monkeypatch) -> Path:
-    """Two pictures instead of the packages', and an empty cache; returns the cache."""
-    for package, name in (("skimage", "one.png"), ("sklearn", "two.png")):
-        folder = tmp_path / package / demo.FOLDERS[package]
-        folder.mkdir(parents=True)
-        Image.fromarray(noise(12, 12, len(name) + len(package)).astype(np.uint8)).save(folder / name)
-    monkeypatch.setattr(demo, "PICTURES", {"skimage": ["one.png"], "sklearn": ["two.png"]})
-    monkeypatch.setattr(demo, "_package_folder", lambda package: tmp_path / package)
+def two_pictures(tmp_path, monkeypatch) -> Path:
+    """A package of two pictures instead of the real ones; returns the cache."""
+    package = tmp_path / "package"
+    (package / "pictures").mkdir(parents=True)
+    for number, name in enumerate(("first.png", "second.png")):
+        pixels = np.random.default_rng(number).integers(0, 256, (TILE * 4, BOARD, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(package / "pictures" / name)
+    monkeypatch.setattr(demo, "PICTURES", {"package": ["first.png", "second.png"]})
+    monkeypatch.setattr(demo, "FOLDERS", {"package": "pictures"})
+    monkeypatch.setattr(demo, "_package_folder", lambda name: tmp_path / name)
     monkeypatch.setenv("MASSL_RAY_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache"
 
 
-def files_in(folder: Path) -> list[str]:
-    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
-
-
-def test_a_small_picture_is_all_for_training():
-    picture = noise(2, 3)
-    tiles = cut_tiles(picture)
-    assert tiles["test"] == []
-    expected = [tile_at(picture, row, column) for row in range(2) for column in range(3)]
-    assert np.array_equal(tiles["train"], expected)
-    assert tiles["train"][0].dtype == np.uint8
-
-
-def test_every_third_block_is_for_test():
-    picture = noise(3 * BLOCK, 3 * BLOCK)
-    tiles = cut_tiles(picture)
-    blocks = {"train": [], "test": []}
-    for row in range(3 * BLOCK):
-        for column in range(3 * BLOCK):
-            on_test_diagonal = (row // 4, column // 4) in {(0, 2), (1, 1), (2, 0)}
-            blocks["test" if on_test_diagonal else "train"].append(tile_at(picture, row, column))
-    assert np.array_equal(tiles["train"], blocks["train"])
-    assert np.array_equal(tiles["test"], blocks["test"])
-    assert (len(tiles["train"]), len(tiles["test"])) == (96, 48)
-
-
-def test_brightness_and_contrast_give_nothing_away():
-    picture = noise(2, 2)
-    for tile in cut_tiles(picture)["train"]:
-        assert tile.mean() == pytest.approx(128, abs=0.5)
-        assert tile.std() == pytest.approx(48, abs=0.5)
-    assert np.array_equal(cut_tiles(20 + picture / 5)["train"], cut_tiles(picture)["train"])
-
-
-def test_flat_tiles_and_the_rest_at_the_edges_are_dropped():
-    picture = np.full((TILE * 2 + 31, TILE * 2 + 5), 77.0)
-    assert cut_tiles(picture) == {"train": [], "test": []}
-    picture[:TILE, TILE : 2 * TILE] += 3.9 * np.where(np.arange(TILE) % 2, 1, -1)
-    assert cut_tiles(picture)["train"] == []
-    picture[TILE : 2 * TILE, :TILE] += 4.1 * np.where(np.arange(TILE) % 2, 1, -1)
-    (tile,) = cut_tiles(picture)["train"]
-    assert np.array_equal(tile[:, :4], [[80, 176, 80, 176]] * TILE)
-
-
-def test_the_folder_holds_a_class_a_picture(pictures):
+def test_the_folder_is_cut_on_first_use_and_kept(two_pictures, monkeypatch):
     folder = demo_folder("train")
-    assert folder == pictures / f"demo-tiles-{demo.VERSION}" / "train"
-    assert files_in(folder) == [f"{name}/{number:04d}.png" for name in ("one", "two") for number in range(96)]
-    assert files_in(demo_folder("test")) == [f"{name}/{number:04d}.png" for name in ("one", "two") for number in range(48)]
-    picture = np.asarray(Image.open(pictures.parent / "skimage/data/one.png"), dtype=float)
-    assert np.array_equal(np.asarray(Image.open(folder / "one/0001.png")), tile_at(picture, 0, 1))
-    assert [path.name for path in pictures.iterdir()] == [f"demo-tiles-{demo.VERSION}"]
+    assert folder == two_pictures / "demo-tiles-1" / "train"
+    assert sorted(path.name for path in folder.iterdir()) == ["first", "second"]
+    counts = {part: len(list((folder.parent / part / "first").glob("*.png"))) for part in ("train", "test")}
+    assert counts == {"train": 32, "test": 16}
+    picture = np.asarray(Image.open(two_pictures.parent / "package" / "pictures" / "first.png").convert("L"), dtype=float)
+    assert np.array_equal(np.asarray(Image.open(folder / "first" / "0001.png")), cell(picture[:32, 32:64]))
+
+    def never(folder):
+        raise AssertionError("cut again")
+
+    monkeypatch.setattr(demo, "_cut_all", never)
+    assert demo_folder("test") == two_pictures / "demo-tiles-1" / "test"
+    assert [path.name for path in two_pictures.iterdir()] == ["demo-tiles-1"]
 
 
-def test_the_folder_is_made_once(pictures, monkeypatch):
-    before = demo_folder("train")
-    monkeypatch.setattr(demo, "_cut_all", lambda folder: pytest.fail("cut twice"))
-    assert demo_folder("train") == before
+def test_a_folder_is_there_whole_or_not_at_all(two_pictures, monkeypatch):
+    cut = demo.cut_tiles
 
+    def failing(picture, calls=[]):  # noqa: B006 - counts the calls
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return cut(picture)
 
-def test_another_process_may_be_faster(pictures):
-    folder = demo_folder("train").parent
-    (folder / "train/one/0000.png").write_bytes(b"theirs")
-    demo._cut_all(folder)
-    assert (folder / "train/one/0000.png").read_bytes() == b"theirs"
-    assert [path.name for path in pictures.iterdir()] == [folder.name]
-
-
-def test_a_cut_that_fails_leaves_no_folder_to_trust(pictures, monkeypatch):
-    def fail(picture):
-        raise OSError("disk full")
-
-    with monkeypatch.context() as patch, pytest.raises(OSError, match="disk full"):
-        patch.setattr(demo, "cut_tiles", fail)
+    monkeypatch.setattr(demo, "cut_tiles", failing)
+    with pytest.raises(KeyboardInterrupt):
         demo_folder("train")
-    assert not (pictures / f"demo-tiles-{demo.VERSION}").exists()
-    assert len(files_in(demo_folder("train"))) == 192
+    assert not (two_pictures / "demo-tiles-1").exists()
+    monkeypatch.setattr(demo, "cut_tiles", cut)
+    assert len(list(demo_folder("train").glob("*/*.png"))) == 64
 
 
-def test_without_scikit_image_the_user_is_told(tmp_path, monkeypatch):
-    monkeypatch.setenv("MASSL_RAY_CACHE", str(tmp_path / "cache"))
+def test_another_process_was_faster(two_pictures, monkeypatch):
+    cut = demo.cut_tiles
+
+    def meanwhile(picture):
+        (two_pictures / "demo-tiles-1" / "train" / "theirs").mkdir(parents=True, exist_ok=True)
+        return cut(picture)
+
+    monkeypatch.setattr(demo, "cut_tiles", meanwhile)
+    folder = demo_folder("train")
+    assert [path.name for path in folder.iterdir()] == ["theirs"]
+    assert [path.name for path in two_pictures.iterdir()] == ["demo-tiles-1"]  # ours is cleared away
+
+
+def test_without_scikit_image(monkeypatch, tmp_path):
+    monkeypatch.setenv("MASSL_RAY_CACHE", str(tmp_path))
     monkeypatch.setattr(demo, "find_spec", lambda package: None)
-    with pytest.raises(UserError) as caught:
+    with pytest.raises(UserError, match=r"pip install 'massl-ray\[demo\]', or give --data\.source a folder"):
         demo_folder("train")
-    assert str(caught.value) == (
-        "The demo images come with scikit-image, which is not installed: pip install 'massl-ray[demo]', or "
-        "give --data.source a folder."
-    )
-    assert list((tmp_path / "cache").iterdir()) == []
+    assert list(tmp_path.iterdir()) == []
 
 
-def test_the_packages_hold_all_pictures():
+@pytest.mark.filterwarnings("ignore")
+def test_the_real_pictures(tmp_path, monkeypatch):
     pytest.importorskip("skimage")
-    for package, names in demo.PICTURES.items():
-        for name in names:
-            with Image.open(demo._package_folder(package) / demo.FOLDERS[package] / name) as picture:
-                tiles = cut_tiles(np.asarray(picture.convert("L"), dtype=float))
-            assert len(tiles["train"]) >= 10 and len(tiles["test"]) >= 5, name
+    monkeypatch.setenv("MASSL_RAY_CACHE", str(tmp_path))
+    train, test = demo_folder("train"), demo_folder("test")
+    names = sorted(Path(name).stem for names in PICTURES.values() for name in names)
+    assert sorted(path.name for path in train.iterdir()) == names and len(names) == 19
+    tiles = {part: {path.read_bytes() for path in folder.rglob("*.png")} for part, folder in (("train", train), ("test", test))}
+    assert not tiles["train"] & tiles["test"]
+    numbers = {folder.name: len(list(folder.rglob("*.png"))) for folder in (train, test)}
+    assert numbers["train"] == pytest.approx(3149, abs=30) and numbers["test"] == pytest.approx(1518, abs=30)
+    with Image.open(next(train.rglob("*.png"))) as tile:
+        assert tile.size == (TILE, TILE) and tile.mode == "L"

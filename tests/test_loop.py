@@ -116,8 +116,8 @@ def test_collapse_is_named(make_run):
 def test_too_many_unreadable_images_end_the_run(make_run):
     run, recorder = make_run("--train.steps", "40", "--data.max_skipped", "0.1"), Memo()
     outcome = start(run, recorder, skipped=["a.png: OSError: gone"])
-    assert outcome.status == "unreadable" and "2 of 16 images" in outcome.message
-    assert recorder.unreadable == ["a.png: OSError: gone"] * 2
+    assert outcome.status == "unreadable" and "6 of 48 images" in outcome.message
+    assert recorder.unreadable == ["a.png: OSError: gone"] * 6  # not before every image had its turn
     run, recorder = make_run("--train.steps", "4", "--data.max_skipped", "0.2"), Memo()
     assert start(run, recorder, skipped=["a.png: OSError: gone"]).status == "finished"
 

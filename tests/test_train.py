@@ -137,12 +137,15 @@ def test_interrupted_and_run_again(tmp_path):
 def ray_head(tmp_path_factory):
     """A head node on loopback as `ray start --head` makes it, ended by its process id."""
     folder = tmp_path_factory.mktemp("head")
-    ports = free_ports(3)
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")} | {"RAY_AUTH_MODE": "disabled"}
+    ports = free_ports(4)
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")} | {
+        "RAY_AUTH_MODE": "disabled",
+        "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "1",
+    }
     command = [
         str(Path(sys.executable).with_name("ray")), "start", "--head", "--block", "--num-cpus=2", "--node-ip-address=127.0.0.1",
         f"--port={ports[0]}", f"--dashboard-port={ports[1]}", f"--dashboard-agent-listen-port={ports[2]}",
-        "--ray-client-server-port=0", f"--temp-dir={folder}", "--disable-usage-stats",
+        f"--ray-client-server-port={ports[3]}", f"--temp-dir={folder}", "--disable-usage-stats",
     ]  # fmt: skip
     head = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     assert head.stdout is not None

@@ -1,4 +1,4 @@
-"""Views: what is drawn, from which distributions, and what each operation does to pixels (torchvision on PIL images is the reference)."""
+"""Views: what is drawn, from which distributions, and what each operation does to pixels; torchvision is the reference."""
 
 import math
 from dataclasses import replace

@@ -116,7 +116,9 @@ def _image_files(root: str) -> Iterator[str]:
             searched.add((status.st_dev, status.st_ino))
             with os.scandir(folder) as entries:
                 for entry in entries:
-                    if entry.is_dir():
-                        heapq.heappush(links, entry.path) if entry.is_symlink() else pending.append(entry.path)
+                    if entry.is_dir(follow_symlinks=False):
+                        pending.append(entry.path)
+                    elif entry.is_symlink() and os.path.isdir(entry.path):
+                        heapq.heappush(links, entry.path)
                     elif os.path.splitext(entry.name)[1].lower() in SUFFIXES:
                         yield os.path.relpath(entry.path, root)

@@ -89,7 +89,8 @@ def train(run: Run, state: State, batches: Iterable[Views], collectives: Local |
                 if verdict := monitor.judge(line["step"], line):
                     return Outcome(verdict.status, line["step"], verdict.message)
             skipped += newly_skipped
-            if skipped > config.data.max_skipped * pending.images_tried:
+            enough = pending.images_tried >= min(resolved.dataset_size, 1000)  # a share of a few images says nothing
+            if enough and skipped > config.data.max_skipped * pending.images_tried:
                 return Outcome("unreadable", state.step, _too_many_unreadable(run, skipped, pending.images_tried))
             if last or save or stop:
                 recorder.checkpoint(state)

@@ -1,0 +1,117 @@
+"""k-NN: the weighted vote against a plain loop over queries and neighbours."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from massl_ray.evaluation.knn import knn_accuracy, knn_predict
+
+
+def votes(bank: np.ndarray, labels: np.ndarray, query: np.ndarray, k: int, temperature: float, num_classes: int) -> list[float]:
+    """What each class gets, in Python floats."""
+    similarities = []
+    for row in bank.astype(float):
+        similarities.append(float(row @ query) / (math.sqrt(row @ row) * math.sqrt(query.astype(float) @ query)))
+    nearest = sorted(range(len(bank)), key=lambda index: -similarities[index])[:k]
+    result = [0.0] * num_classes
+    for index in nearest:
+        result[labels[index]] += math.exp(similarities[index] / temperature)
+    return result
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    seed=st.integers(0, 10**6),
+    size=st.integers(1, 40),
+    dims=st.integers(2, 8),
+    k=st.integers(1, 50),
+    temperature=st.sampled_from([0.07, 0.2, 1.0]),
+    num_classes=st.integers(1, 5),
+)
+def test_agrees_with_a_plain_loop(seed, size, dims, k, temperature, num_classes):
+    random = np.random.default_rng(seed)
+    bank, queries = (random.normal(size=(rows, dims)).astype(np.float32) * random.uniform(0.1, 9, (rows, 1)) for rows in (size, 12))
+    labels = random.integers(0, num_classes, size)
+    predicted = knn_predict(
+        torch.tensor(bank), torch.tensor(labels), torch.tensor(queries), k=k, temperature=temperature, num_classes=num_classes
+    )
+    assert predicted.shape == (12,)
+    for prediction, query in zip(predicted.tolist(), queries, strict=True):
+        expected = votes(bank, labels, query, k, temperature, num_classes)
+        assert expected[prediction] >= max(expected) * (1 - 1e-3)  # the winner, or as good as
+
+
+LINE = torch.tensor([[1.0, 0.0], [0.96, 0.28], [0.8, 0.6], [0.6, 0.8], [0.0, 1.0]])
+KINDS = torch.tensor([0, 1, 1, 1, 1])
+EAST = torch.tensor([[1.0, 0.0]])  # cosine similarities 1, 0.96, 0.8, 0.6, 0
+
+
+def predict(**changes) -> int:
+    arguments = {"bank": LINE, "labels": KINDS, "queries": EAST, "k": 5, "temperature": 0.07, "num_classes": 2} | changes
+    return int(knn_predict(arguments.pop("bank"), arguments.pop("labels"), arguments.pop("queries"), **arguments))
+
+
+def test_votes_by_hand():
+    # class 0 has exp(1 / T); class 1 has exp(0.96 / T) + exp(0.8 / T) + exp(0.6 / T) + exp(0 / T)
+    assert predict(temperature=0.01) == 0  # 1 against 0.018
+    assert predict(temperature=0.07) == 0  # 1 against 0.565 + 0.057 + 0.003
+    assert predict(temperature=0.2) == 1  # 1 against 0.819 + 0.368 + 0.135
+    assert predict(temperature=0.2, k=2) == 0  # 1 against 0.819
+    assert predict(k=1, temperature=100) == 0
+    assert predict(k=3, temperature=100) == 1
+
+
+def test_lengths_do_not_count():
+    lengths = torch.tensor([[0.01], [100.0], [1.0], [1.0], [1.0]])
+    assert predict(bank=LINE * lengths, queries=EAST * 1e-3) == 0
+    assert predict(bank=LINE * lengths, queries=EAST * 1e3, k=1) == 0
+
+
+def test_low_temperatures_do_not_overflow():
+    assert predict(temperature=1e-3) == 0
+    assert predict(temperature=1e-3, queries=-LINE[4:]) == 0  # all similarities are -1 or more, none over 0
+
+
+def test_k_is_lowered_to_the_bank():
+    assert predict(k=1000, temperature=0.2) == predict(k=5, temperature=0.2) == 1
+
+
+def test_more_queries_than_a_chunk():
+    random = torch.Generator().manual_seed(0)
+    bank, queries = torch.randn(30, 4, generator=random), torch.randn(2500, 4, generator=random)
+    labels = torch.arange(30) % 3
+    whole = knn_predict(bank, labels, queries, k=5, temperature=0.1, num_classes=3)
+    parts = [knn_predict(bank, labels, queries[i : i + 7], k=5, temperature=0.1, num_classes=3) for i in range(0, 2500, 7)]
+    assert torch.equal(whole, torch.cat(parts)) and len(whole.unique()) == 3
+
+
+def test_half_precision_features_are_compared_in_full():
+    random = torch.Generator().manual_seed(0)
+    bank, queries = (torch.randn(size, 8, generator=random).bfloat16() for size in (40, 60))
+    labels = torch.arange(40) % 4
+    arguments = {"k": 7, "temperature": 0.07, "num_classes": 4}
+    assert torch.equal(
+        knn_predict(bank, labels, queries, **arguments), knn_predict(bank.float(), labels, queries.float(), **arguments)
+    )
+
+
+def test_accuracy_by_hand():
+    queries = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.1, 1.0], [1.0, 0.01]])
+    truth = torch.tensor([0, 1, 0, 1])
+    assert knn_accuracy(LINE, KINDS, queries, truth, k=1, temperature=0.07) == 0.5
+    assert knn_accuracy(LINE, KINDS, queries[:3], truth[:3], k=1, temperature=0.07) == pytest.approx(2 / 3)
+
+
+def test_classes_that_the_bank_lacks_are_misses():
+    assert knn_accuracy(LINE, KINDS, LINE[:2], torch.tensor([0, 7]), k=1, temperature=0.07) == 0.5
+
+
+def test_a_bank_finds_itself_at_k_1():
+    rows = torch.randn(50, 16, generator=torch.Generator().manual_seed(3))
+    labels = torch.arange(50) % 10
+    assert knn_accuracy(rows, labels, rows, labels, k=1, temperature=0.07) == 1.0
+    assert knn_accuracy(rows, labels, rows, (labels + 1) % 10, k=1, temperature=0.07) == 0.0
