@@ -92,7 +92,9 @@ def test_checkpoints_are_listed_by_number_and_nothing_else_is(tmp_path):
 # ---- keep ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("keep", "left"), [(1, ["step_20"]), (2, ["step_12", "step_20"]), (9, ["step_12", "step_20", "step_4", "step_8"])])
+@pytest.mark.parametrize(
+    ("keep", "left"), [(1, ["step_20"]), (2, ["step_12", "step_20"]), (9, ["step_12", "step_20", "step_4", "step_8"])]
+)
 def test_only_the_latest_are_kept(tmp_path, keep, left):
     write(tmp_path, 4, 8, 12, 20, keep=keep)
     assert steps_in(tmp_path) == left

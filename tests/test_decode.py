@@ -1,12 +1,14 @@
 """Bytes to pixels: every kind of file people have, upright and in 8 bits, and one kind of error for the rest."""
 
 import io
+import struct
+import warnings
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 
 from massl_ray.data import decode as module
 from massl_ray.data.decode import UNREADABLE, decode, read, reason
@@ -273,3 +275,17 @@ def test_every_turn_is_one_that_pillow_knows():
     for orientation, (across, down) in known.items():
         turned = np.asarray(Image.fromarray(pixels).transpose(module.TURNS[orientation]))
         assert np.array_equal(turned, pixels[:: -1 if down else 1, :: -1 if across else 1])
+
+
+def test_broken_metadata_beside_the_orientation_spoils_nothing():
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    exif[ExifTags.Base.Software] = "a camera"
+    block, text = exif.tobytes(), struct.pack(">HHI", ExifTags.Base.Software, 2, 9)
+    assert text in block
+    data = encoded(Image.fromarray(smooth()), "PNG", exif=block.replace(text, struct.pack(">HHI", ExifTags.Base.Software, 11, 2)))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Pillow tells of the two floats where text should be
+        with pytest.raises(AttributeError):  # it is this that was to be broken
+            ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
+        assert difference(decode(data), np.rot90(smooth(), -1)) == 0

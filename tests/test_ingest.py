@@ -7,7 +7,7 @@ from massl_ray.config import load
 from massl_ray.data.decode import read
 from massl_ray.data.order import samples_at, step_positions
 from massl_ray.method.views import make_views
-from massl_ray.on_ray.ingest import read_or_next, stream_views
+from massl_ray.on_ray.ingest import read_or_next, start_now, stream_views
 from massl_ray.training.run import prepare_run
 from tests.images import TINY
 
@@ -32,7 +32,7 @@ def expected_views(run, step: int):
 
 def test_every_step_gets_its_samples_in_order(ray_cluster, run):
     """Eight steps of 8 over 48 images cross an epoch's end."""
-    streamed = list(stream_views(run, 0, 1, 0, cpus=2))
+    streamed = list(start_now(stream_views(run, 0, 1, 0, cpus=2)))
     assert len(streamed) == 8
     for step, views in enumerate(streamed):
         global_views, local_views = expected_views(run, step)

@@ -31,7 +31,9 @@ def test_an_earlier_start_counts(tmp_path):
     assert listed(tmp_path) == ["a: empty", "b: cut"]
 
 
-@pytest.mark.parametrize("name", ["two\nlines.png: x", 'quo"ted\\.png: x', "猫.png: x", "line\u2028separator.png: x", "\udcff.png: x"])
+@pytest.mark.parametrize(
+    "name", ["two\nlines.png: x", 'quo"ted\\.png: x', "猫.png: x", "line\u2028separator.png: x", "\udcff.png: x"]
+)
 def test_any_name_comes_back(tmp_path, name):
     SkippedImages(tmp_path).add([name])
     assert listed(tmp_path) == [name]

@@ -33,7 +33,9 @@ def write_knn(run_dir: Path, **accuracies: float) -> None:
 @pytest.fixture
 def run_dir(tmp_path) -> Path:
     """A finished run of 12 steps."""
-    write_lines(tmp_path, [metrics_line(step, images_per_s=float(rate)) for step, rate in zip((4, 8, 12), (10, 90, 40), strict=True)])
+    write_lines(
+        tmp_path, [metrics_line(step, images_per_s=float(rate)) for step, rate in zip((4, 8, 12), (10, 90, 40), strict=True)]
+    )
     for step in (8, 12):
         write_checkpoint(tmp_path / "checkpoints", tensors(step), {}, keep=2)
     return tmp_path

@@ -85,16 +85,14 @@ def test_more_workers_than_micro_batches(refused, tiny_images):
 # ---- whole runs, each a process of its own -----------------------------------------------------------------------------
 
 
-def massl_ray(*arguments: str, **options) -> subprocess.Popen:
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
-    return subprocess.Popen(
-        [sys.executable, "-m", "massl_ray.train", *arguments],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        env=environment | options.pop("env", {}),
-        **options,
-    )
+def plain_environment() -> dict[str, str]:
+    """The environment without what this test session told its own Ray."""
+    return {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+
+
+def massl_ray(*arguments: str) -> subprocess.Popen:
+    command = [sys.executable, "-m", "massl_ray.train", *arguments]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=plain_environment())
 
 
 @pytest.mark.ray
@@ -138,7 +136,7 @@ def ray_head(tmp_path_factory):
     """A head node on loopback as `ray start --head` makes it, ended by its process id."""
     folder = tmp_path_factory.mktemp("head")
     ports = free_ports(4)
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")} | {
+    environment = plain_environment() | {
         "RAY_AUTH_MODE": "disabled",
         "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "1",
     }

@@ -83,6 +83,11 @@ def test_no_view_depends_on_another():
     assert np.array_equal(make_views(photograph(), changed, seed=1, epoch=0, sample=5)[1], few[1])
 
 
+def test_every_view_has_its_own_draw():
+    boxes = {draw(view, 0, width=10**6, height=10**6).box for view in range(22)}
+    assert len(boxes) == 22
+
+
 def test_make_views_applies_what_is_drawn():
     image = photograph()
     global_views, local_views = make_views(image, CONFIG, seed=4, epoch=1, sample=8)
@@ -167,6 +172,12 @@ def test_global_boxes_are_distributed_as_torchvisions(width, height):
         (found[:, 3] - found[:, 1], expected[:, 3] - expected[:, 1]),
     ):
         assert ks_2samp(one, other).pvalue > 1e-3
+
+
+def test_boxes_reach_both_edges():
+    half = CONFIG.model_copy(update={"local_area": (0.5, 0.5)})  # 2 x 1 of 2 x 2, or 1 x 2
+    boxes = {draw(2, sample, half, width=2, height=2).box for sample in range(400)}
+    assert {(0, 0, 1, 2), (1, 0, 2, 2), (0, 0, 2, 1), (0, 1, 2, 2)} <= boxes
 
 
 def test_a_strip_falls_back_to_its_middle():

@@ -125,22 +125,30 @@ def read_blocks(queries: Tensor, memory: Tensor, blocks: Tensor) -> tuple[Tensor
     """Attention reads of `queries` (R, D; already divided by their temperature) from each block of slots (num_blocks, S).
 
     Returns the log-sum-exp (R,) and the read-out (R, D), each summed over blocks. Softmax is computed online, tile by tile
-    (Milakov and Gimelshein, 2018), in the precision of `queries`.
+    (Milakov and Gimelshein, 2018), in the precision of `queries`, in one workspace of R x TILE logits and TILE x D keys.
     """
-    log_sum = queries.new_zeros(len(queries))
-    read = torch.zeros_like(queries)
+    rows, dim = queries.shape
+    tile = min(TILE, blocks.shape[1])
+    gathered = memory.new_empty(tile, dim)
+    keys = gathered if gathered.dtype == queries.dtype else queries.new_empty(tile, dim)
+    logits = queries.new_empty(rows * tile)
+    log_sum, read = queries.new_zeros(rows), torch.zeros_like(queries)
+    top, total, weighted = queries.new_empty(rows, 1), queries.new_empty(rows, 1), torch.empty_like(queries)
     for block in blocks:
-        top = queries.new_full((len(queries), 1), -torch.inf)
-        total = queries.new_zeros(len(queries), 1)
-        weighted = torch.zeros_like(queries)
-        for slots in block.split(TILE):
-            keys = memory.index_select(0, slots).to(queries.dtype)
-            logits = queries @ keys.T
-            new_top = torch.maximum(top, logits.amax(1, keepdim=True))
-            decay = torch.exp(top - new_top)
-            weights = logits.sub_(new_top).exp_()
+        top.fill_(-torch.inf)
+        total.zero_()
+        weighted.zero_()
+        for slots in block.split(tile):
+            count = len(slots)
+            torch.index_select(memory, 0, slots, out=gathered[:count])
+            if keys is not gathered:
+                keys[:count].copy_(gathered[:count])
+            scores = torch.mm(queries, keys[:count].T, out=logits[: rows * count].view(rows, count))
+            new_top = torch.maximum(top, scores.amax(1, keepdim=True))
+            decay = top.sub_(new_top).exp_()
+            weights = scores.sub_(new_top).exp_()
             total.mul_(decay).add_(weights.sum(1, keepdim=True))
-            weighted.mul_(decay).addmm_(weights, keys)
+            weighted.mul_(decay).addmm_(weights, keys[:count])
             top = new_top
         log_sum += (top + total.log()).squeeze(1)
         read += weighted.div_(total)

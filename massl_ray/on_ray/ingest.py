@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -38,6 +39,17 @@ def stream_views(run: Run, rank: int, world_size: int, start_step: int, cpus: fl
         dataset = _dataset(make, (end - begin) * share, task_rows, cpus)
         for rows in dataset.iter_batches(batch_size=share, batch_format="numpy", prefetch_batches=2):
             yield _to_views(rows)  # type: ignore[arg-type]
+
+
+def start_now(stream: Iterator[Views]) -> Iterator[Views]:
+    """Ray Data takes seconds to its first batch: begin fetching it while the caller prepares."""
+    first = ThreadPoolExecutor(1).submit(next, stream)
+
+    def views() -> Iterator[Views]:
+        yield first.result()
+        yield from stream
+
+    return views()
 
 
 class ViewMaker:

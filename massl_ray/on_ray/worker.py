@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from massl_ray.method.step import State
-from massl_ray.on_ray.ingest import stream_views
+from massl_ray.on_ray.ingest import start_now, stream_views
 from massl_ray.on_ray.telemetry import TelemetryClient
 from massl_ray.reporting.recorder import RunRecorder, Silent
 from massl_ray.training.checkpoint import read_latest
@@ -37,13 +37,13 @@ def train_worker(arguments: dict[str, Any]) -> dict[str, Any]:
     state = build_state(config, run.resolved, device, collectives)
     if stored := read_latest(run.checkpoints):
         from_tensors(state, stored[0])
+    views = start_now(stream_views(run, rank, world_size, state.step, arguments["data_cpus"] / world_size))
     step_s = rehearse(run, state, collectives)
     recorder = Silent(telemetry.announce)
     if rank == 0:
         recorder = RunRecorder(run, telemetry.announce, telemetry.stop_asked, state.step)
         telemetry.announce(_started(run, state, world_size, device, step_s))
 
-    views = stream_views(run, rank, world_size, state.step, arguments["data_cpus"] / world_size)
     outcome = train(run, state, views, collectives, recorder)
     return {"status": outcome.status, "step": outcome.step, "message": outcome.message}
 
