@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from massl_ray.method import readout
+from massl_ray.method import attention
 from massl_ray.method.readout import readout_loss
 
 GOLDEN = sorted((Path(__file__).parent / "golden").glob("readout_*.npz"))
@@ -88,7 +88,7 @@ def test_equals_the_plain_formula(num_views, batch, blocks, block, remainder, ti
     student, teacher, memory, permutation = draw(num_views, batch, size, block, 8, seed)
     options = {"num_views": num_views, "block_size": block, "student_temp": 0.1, "teacher_temp": 0.04}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(readout, "TILE", tile)
+        patch.setattr(attention, "TILE", tile)
         result, grad = value_and_grad(student, teacher, memory, permutation, **options)
     reference_input = student.clone().requires_grad_()
     reference = plain_loss(reference_input, teacher, memory, permutation, num_views, block, 0.1, 0.04)

@@ -276,6 +276,16 @@ def test_knn_before_the_first_step(recorded):
     assert board["knn_pixels"] == {0: pytest.approx(record(run, "pixels")["top1"])}
 
 
+def test_knn_of_pixels_does_not_ask_the_backbone(recorded):
+    with torch.no_grad():
+        for parameter in recorded.state.teacher.parameters():
+            parameter.zero_()
+    recorded.evaluate(0)
+    bank, queries = (pixel_features(part) for part in (recorded.run.bank, recorded.run.queries))
+    assert record(recorded.run, "pixels")["top1"] == pytest.approx(plain_knn(bank, queries, k=3, temperature=0.07))
+    assert record(recorded.run, "untrained")["top1"] < record(recorded.run, "pixels")["top1"]
+
+
 def test_knn_on_the_way_and_at_the_end(recorded):
     assert recorded.evaluate(4) == ["knn_step_4.json"]
     assert recorded.evaluate(6) == ["knn_step_4.json", "knn_step_6.json", "neighbours.json"]

@@ -77,9 +77,9 @@ def step_flops(config: Config) -> dict[str, int]:
         sizes = [(2 * batch, views.global_size), (views.num_local * batch, views.local_size)]
         groups = [torch.empty(number, 3, side, side) for number, side in sizes if number]
         with FlopCounterMode(display=False) as student:
-            encoder(groups).sum().backward()
+            encoder.head(torch.cat([encoder.backbone(group) for group in groups])).sum().backward()
         with FlopCounterMode(display=False) as teacher, torch.no_grad():
-            encoder(groups[:1])
+            encoder.head(encoder.backbone(groups[0]))
     return {
         "student": student.get_total_flops(),
         "teacher": teacher.get_total_flops(),

@@ -107,6 +107,8 @@ class MemorySection(Section):
     """Slots K. auto: 8,192 up to 20 thousand images, rising to 131,072 from a million on."""
     num_blocks: Annotated[int, Field(ge=1)] | Auto = "auto"
     """Random blocks the memory is read in; a block has size // num_blocks slots. auto: 8."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """How rows are stored; similarities and sums are fp32 either way."""
 
 
 class LossSection(Section):
@@ -162,6 +164,8 @@ class TrainSection(Section):
     """Arithmetic of the backbone. Head, read-out and optimizer are always fp32."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: cuda where the cluster has GPUs."""
+    compile: bool = False
+    """Compile the backbones with torch.compile: faster steps on GPUs, minutes to start."""
     threads: Annotated[int, Field(ge=1)] = 1
     """CPU threads a worker computes with."""
     checkpoint_every: Annotated[int, Field(ge=1)] = 500

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-TILE = 2048  # memory rows read at once: large enough for the matrix product, small enough to stay in cache
+from massl_ray.method.attention import read_blocks
 
 
 @dataclass(frozen=True)
@@ -97,10 +97,9 @@ def _evaluate(student, teacher, memory, permutation, num_views, block_size, stud
     rows, dim = z.shape
     batch, num_blocks = rows // num_views, len(permutation) // block_size
 
-    queries = torch.cat([z / student_temp, t / teacher_temp])
-    log_sum, read = read_blocks(queries, memory, permutation.view(num_blocks, block_size))  # both summed over blocks
-    read_student, read_teacher = read.split([rows, 2 * batch])
-    log_sum_student, log_sum_teacher = log_sum.split([rows, 2 * batch])
+    queries = [(z, student_temp), (t, teacher_temp)]
+    reads = read_blocks(queries, memory, permutation.view(num_blocks, block_size))  # summed over blocks
+    (log_sum_student, read_student), (log_sum_teacher, read_teacher) = reads
 
     # Each student row meets the teacher rows of the other views of its image: one for a global view, two for a local one.
     first, second = read_teacher.split(batch)
@@ -119,40 +118,6 @@ def _evaluate(student, teacher, memory, permutation, num_views, block_size, stud
     same_view = (views[:2] * teachers).sum()
     agreement = ((views.sum(0) * teachers.sum(0)).sum() - same_view) / (2 * (num_views - 1) * batch)
     return loss, grad.to(student.dtype), torch.stack([teacher_entropy, student_entropy, agreement])
-
-
-def read_blocks(queries: Tensor, memory: Tensor, blocks: Tensor) -> tuple[Tensor, Tensor]:
-    """Attention reads of `queries` (R, D; already divided by their temperature) from each block of slots (num_blocks, S).
-
-    Returns the log-sum-exp (R,) and the read-out (R, D), each summed over blocks. Softmax is computed online, tile by tile
-    (Milakov and Gimelshein, 2018), in the precision of `queries`, in one workspace of R x TILE logits and TILE x D keys.
-    """
-    rows, dim = queries.shape
-    tile = min(TILE, blocks.shape[1])
-    gathered = memory.new_empty(tile, dim)
-    keys = gathered if gathered.dtype == queries.dtype else queries.new_empty(tile, dim)
-    logits = queries.new_empty(rows * tile)
-    log_sum, read = queries.new_zeros(rows), torch.zeros_like(queries)
-    top, total, weighted = queries.new_empty(rows, 1), queries.new_empty(rows, 1), torch.empty_like(queries)
-    for block in blocks:
-        top.fill_(-torch.inf)
-        total.zero_()
-        weighted.zero_()
-        for slots in block.split(tile):
-            count = len(slots)
-            torch.index_select(memory, 0, slots, out=gathered[:count])
-            if keys is not gathered:
-                keys[:count].copy_(gathered[:count])
-            scores = torch.mm(queries, keys[:count].T, out=logits[: rows * count].view(rows, count))
-            new_top = torch.maximum(top, scores.amax(1, keepdim=True))
-            decay = top.sub_(new_top).exp_()
-            weights = scores.sub_(new_top).exp_()
-            total.mul_(decay).add_(weights.sum(1, keepdim=True))
-            weighted.mul_(decay).addmm_(weights, keys[:count])
-            top = new_top
-        log_sum += (top + total.log()).squeeze(1)
-        read += weighted.div_(total)
-    return log_sum, read
 
 
 def _check(student: Tensor, teacher: Tensor, memory: Tensor, permutation: Tensor, num_views: int, block_size: int) -> None:

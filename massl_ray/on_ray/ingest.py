@@ -67,7 +67,7 @@ class ViewMaker:
         return {
             "global_views": np.stack([global_views for global_views, _, _ in made]),
             "local_views": np.stack([local_views for _, local_views, _ in made]),
-            "skipped": np.array(["\n".join(skipped) for _, _, skipped in made]),
+            "skipped": np.array(["\0".join(skipped) for _, _, skipped in made]),
         }
 
     def _views(self, epoch: int, sample: int) -> tuple[np.ndarray, np.ndarray, list[str]]:
@@ -104,5 +104,5 @@ def _to_views(rows: dict[str, np.ndarray]) -> Views:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="The given NumPy array is not writable")  # and nobody writes to it
         global_views, local_views = torch.from_numpy(rows["global_views"]), torch.from_numpy(rows["local_views"])
-    skipped = [line for lines in rows["skipped"] if lines for line in str(lines).split("\n")]
+    skipped = [line for lines in rows["skipped"] if lines for line in str(lines).split("\0")]  # no path has a NUL
     return Views(global_views, local_views, skipped)

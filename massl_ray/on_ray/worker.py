@@ -1,6 +1,7 @@
 """One training worker: what Ray Train calls on every rank, again after each resize."""
 
 import time
+import warnings
 from typing import Any
 
 import ray.train
@@ -35,13 +36,18 @@ def train_worker(arguments: dict[str, Any]) -> dict[str, Any]:
     )
 
     state = build_state(config, run.resolved, device, collectives)
-    if stored := read_latest(run.checkpoints):
+    with warnings.catch_warnings(record=True) as damaged:
+        warnings.simplefilter("always")
+        stored = read_latest(run.checkpoints)
+    if stored:
         from_tensors(state, stored[0])
     views = start_now(stream_views(run, rank, world_size, state.step, arguments["data_cpus"] / world_size))
     step_s = rehearse(run, state, collectives)
     recorder = Silent(telemetry.announce)
     if rank == 0:
         recorder = RunRecorder(run, telemetry.announce, telemetry.stop_asked, state.step)
+        for warning in damaged:
+            telemetry.announce({"kind": "note", "text": str(warning.message)})
         telemetry.announce(_started(run, state, world_size, device, step_s))
 
     outcome = train(run, state, views, collectives, recorder)

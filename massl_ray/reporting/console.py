@@ -100,6 +100,9 @@ class Console:
         for image in self.skipped.add(event["images"])[:3]:
             self.say(f"Skipped   {image}")
 
+    def _on_note(self, event: dict[str, Any]) -> None:
+        self.say(f"Note      {event['text']}")
+
     def _on_stopping(self, event: dict[str, Any]) -> None:
         self.say("Stopping: the current step is finished and saved first. Once more ends at once.")
 

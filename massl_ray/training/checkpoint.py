@@ -80,7 +80,7 @@ def read_latest(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | None
         try:
             return read_checkpoint(checkpoint)
         except Damaged as error:
-            warnings.warn(f"Checkpoint passed over: {error}. Using the one before it.", stacklevel=2)
+            warnings.warn(f"Checkpoint passed over: {error}. Using the one before it, if there is one.", stacklevel=2)
     return None
 
 

@@ -23,8 +23,19 @@ def build_state(config: Config, resolved: Resolved, device: torch.device, collec
     teacher.requires_grad_(False)
     for encoder in (student, teacher):
         encoder.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    memory = Memory(resolved.memory_size, config.head.dim, seed=config.run.seed, device=device)
+        choose_attention(encoder.backbone, device, config.train.precision)
+        if config.train.compile:
+            encoder.backbone.compile()
+    dtype = getattr(torch, config.memory.dtype)
+    memory = Memory(resolved.memory_size, config.head.dim, seed=config.run.seed, device=device, dtype=dtype)
     return State(student, teacher, build_optimizer(student), memory, collectives.wrap(student))
+
+
+def choose_attention(backbone: torch.nn.Module, device: torch.device, precision: str) -> None:
+    """timm's fused attention everywhere but on CPUs in bf16, where plain matrix products are faster (docs/log.md)."""
+    for module in backbone.modules():
+        if hasattr(module, "fused_attn"):
+            module.fused_attn = not (device.type == "cpu" and precision == "bf16")
 
 
 def step_settings(config: Config, resolved: Resolved, device: torch.device) -> StepSettings:
