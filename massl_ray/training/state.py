@@ -35,7 +35,7 @@ def choose_attention(backbone: torch.nn.Module, device: torch.device, precision:
     """timm's fused attention everywhere but on CPUs in bf16, where plain matrix products are faster (docs/log.md)."""
     for module in backbone.modules():
         if hasattr(module, "fused_attn"):
-            module.fused_attn = not (device.type == "cpu" and precision == "bf16")
+            setattr(module, "fused_attn", not (device.type == "cpu" and precision == "bf16"))  # noqa: B010
 
 
 def step_settings(config: Config, resolved: Resolved, device: torch.device) -> StepSettings:
