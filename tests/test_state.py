@@ -6,13 +6,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from massl_ray.config import Config, resolve, validate
+from massl_ray.config import Config, load, resolve, validate
 from massl_ray.method.memory import Memory, block_permutation
 from massl_ray.method.network import build_encoder, drop_path_draws
 from massl_ray.method.schedules import schedule_at
 from massl_ray.method.step import Batch, MicroBatch, State, train_step
 from massl_ray.training.collectives import Local
 from massl_ray.training.state import build_state, from_tensors, state_sha256, step_settings, to_tensors
+from tests.images import TINY
 
 CPU = torch.device("cpu")
 BACKBONES = ["test_vit", "test_resnet"]
@@ -177,3 +178,22 @@ def test_step_settings_say_what_the_configuration_says():
     assert (made.block_size, made.student_temp, made.koleo_weight, made.clip_norm) == (7, 0.2, 0.3, 7.0)
     assert made.autocast is torch.bfloat16 and made.device == CPU
     assert step_settings(config("test_vit"), resolve(config("test_vit"), 60), CPU).autocast is None
+
+
+@pytest.mark.slow
+def test_compiled_backbones_compute_the_same():
+    """train.compile changes how the backbone runs, not what a checkpoint holds or a step gives."""
+    metrics, names = [], []
+    for compiled in ("false", "true"):
+        setting = load([*TINY, "--train.micro_batch_size", "8", "--train.compile", compiled])
+        resolved = resolve(setting, 48)
+        state = build_state(setting, resolved, torch.device("cpu"), Local())
+        generator = torch.Generator().manual_seed(0)
+        views = (torch.randint(0, 256, (8, 2, side, side, 3), dtype=torch.uint8, generator=generator) for side in (32, 16))
+        micro = MicroBatch(*views, drop_path_draws(state.student, 0, 0, 0, 8, 4))  # type: ignore[misc]
+        batch = Batch([micro], torch.arange(64), 1)
+        settings = step_settings(setting, resolved, torch.device("cpu"))
+        metrics.append(train_step(state, batch, schedule_at(1, setting, resolved), settings, Local()))
+        names.append(sorted(to_tensors(state)))
+    torch.testing.assert_close(metrics[1], metrics[0], rtol=1e-4, atol=1e-4)
+    assert names[0] == names[1]

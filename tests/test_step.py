@@ -107,6 +107,24 @@ def test_the_batch_is_written_after_it_is_compared():
     torch.testing.assert_close(state.memory.rows[4:], before[4:])
 
 
+def test_the_gather_hides_behind_the_student():
+    """It starts when the teacher is done and is waited for only when the memory is written, after the optimizer's step."""
+    events: list[str] = []
+
+    class Watched(Local):
+        def start_gather(self, rows):
+            events.append("start")
+            return lambda: (events.append("wait"), rows)[1]
+
+    student, teacher = tiny_vit(), tiny_vit()
+    student.register_forward_pre_hook(lambda *_: events.append("student"))
+    teacher.register_forward_hook(lambda *_: events.append("teacher"))
+    state = state_of(student, teacher, Memory(64, 16, dtype=torch.float64))
+    state.optimizer.register_step_post_hook(lambda *_: events.append("optimizer"))
+    train_step(state, cut(8, 4, 0), Schedule(0, 1e-3, 0.0, 0.9, 0.04), SETTINGS, Watched())
+    assert events == ["teacher", "teacher", "start", "student", "student", "optimizer", "wait"]
+
+
 def test_prepare_views_is_view_major_and_normalized():
     global_views = torch.arange(2 * 2 * 8 * 8 * 3).remainder(256).to(torch.uint8).view(2, 2, 8, 8, 3)
     micro = MicroBatch(global_views, torch.empty(2, 0, 4, 4, 3, dtype=torch.uint8), None)

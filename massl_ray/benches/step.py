@@ -146,8 +146,8 @@ def _views(config: Config, batch: int) -> MicroBatch:
     return MicroBatch(global_views, local_views, None)
 
 
-def _config(preset: str, precision: str, batch: int) -> Config:
-    flags = {"train.precision": precision, "train.global_batch_size": batch, "train.micro_batch_size": batch}
+def _config(preset: str, precision: str, batch: int, **others: Any) -> Config:
+    flags = {"train.precision": precision, "train.global_batch_size": batch, "train.micro_batch_size": batch, **others}
     return load(["--preset", preset, *(part for key, value in flags.items() for part in (f"--{key}", str(value)))])
 
 
@@ -157,11 +157,17 @@ def _peak(device: torch.device, preset: str, precision: str, batch: int, side: s
 
 
 def _peak_here(device: str, preset: str, precision: str, batch: int, side: str) -> int:
-    """Peak above what parameters, optimizer and memory hold: the first step makes those and loads the libraries."""
-    config = _config(preset, precision, batch)
-    call = (ours_call if side == "ours" else plain_call)(config, torch.device(device))
+    """Peak of building everything and taking two steps, above a process that has warmed its libraries on a tiny model."""
+    target, make = torch.device(device), ours_call if side == "ours" else plain_call
+    tiny = {"model.backbone": "test_vit", "head.hidden_dim": 8, "memory.size": 64, "views.num_local": 1}
+    _two_steps(make, _config(preset, precision, 2, **tiny), target)
+    return extra_peak(lambda: _two_steps(make, _config(preset, precision, batch), target), target)
+
+
+def _two_steps(make: Callable[[Config, torch.device], Callable[[], Any]], config: Config, device: torch.device) -> None:
+    call = make(config, device)
     call()
-    return extra_peak(call, torch.device(device))
+    call()
 
 
 if __name__ == "__main__":

@@ -9,6 +9,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from massl_ray.method.products import product
+
 TILE = 1024  # memory rows that the tiled way reads at once: the R x TILE logits stay in cache (measured: docs/log.md)
 CHUNK = 2048  # memory rows a fused kernel call treats as one sequence, so that few queries still fill a large device
 GROUP = 65536  # memory rows gathered at once for fused calls: bounds their workspace
@@ -36,31 +38,23 @@ def read_blocks(queries: Sequence[tuple[Tensor, float]], memory: Tensor, blocks:
 def read_tiled(queries: Tensor, memory: Tensor, blocks: Tensor) -> tuple[Tensor, Tensor]:
     """Read with `queries` (R, D) that are already divided by their temperature.
 
-    Softmax is computed online, tile by tile (Milakov and Gimelshein, 2018), in the precision of `queries`, in one workspace of
-    R x TILE logits and TILE x D keys.
+    Softmax is computed online, tile by tile (Milakov and Gimelshein, 2018), in the precision of `queries`; beside the results
+    there are only R x TILE logits and TILE x D keys at a time.
     """
-    rows, dim = queries.shape
-    tile = min(TILE, blocks.shape[1])
-    gathered = memory.new_empty(tile, dim)
-    keys = gathered if gathered.dtype == queries.dtype else queries.new_empty(tile, dim)
-    logits = queries.new_empty(rows * tile)
-    log_sum, read = queries.new_zeros(rows), torch.zeros_like(queries)
-    top, total, weighted = queries.new_empty(rows, 1), queries.new_empty(rows, 1), torch.empty_like(queries)
+    log_sum, read = queries.new_zeros(len(queries)), torch.zeros_like(queries)
+    top, total, weighted = queries.new_empty(len(queries), 1), queries.new_empty(len(queries), 1), torch.empty_like(queries)
     for block in blocks:
         top.fill_(-torch.inf)
         total.zero_()
         weighted.zero_()
-        for slots in block.split(tile):
-            count = len(slots)
-            torch.index_select(memory, 0, slots, out=gathered[:count])
-            if keys is not gathered:
-                keys[:count].copy_(gathered[:count])
-            scores = torch.mm(queries, keys[:count].T, out=logits[: rows * count].view(rows, count))
+        for slots in block.split(TILE):
+            keys = memory.index_select(0, slots).to(queries.dtype)
+            scores = product(queries, keys)
             new_top = torch.maximum(top, scores.amax(1, keepdim=True))
             decay = top.sub_(new_top).exp_()
             weights = scores.sub_(new_top).exp_()
             total.mul_(decay).add_(weights.sum(1, keepdim=True))
-            weighted.mul_(decay).addmm_(weights, keys[:count])
+            weighted.mul_(decay).add_(product(weights, keys.T))
             top = new_top
         log_sum += (top + total.log()).squeeze(1)
         read += weighted.div_(total)

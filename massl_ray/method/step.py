@@ -145,8 +145,8 @@ def train_step(state: State, batch: Batch, schedule: Schedule, settings: StepSet
 
 def prepare_views(micro: MicroBatch, settings: StepSettings) -> list[Tensor]:
     """Normalize on the device: one tensor (n*b, 3, H, W) a resolution, view-major, channels last in memory."""
-    mean = torch.tensor(settings.mean, device=settings.device, dtype=settings.dtype) * 255
-    scale = 1.0 / (torch.tensor(settings.std, device=settings.device, dtype=settings.dtype) * 255)
+    mean = (torch.tensor(settings.mean, dtype=settings.dtype) * 255).to(settings.device, non_blocking=True)
+    scale = (1.0 / (torch.tensor(settings.std, dtype=settings.dtype) * 255)).to(settings.device, non_blocking=True)
     groups = []
     for views in (micro.global_views, micro.local_views):
         if views.shape[1]:

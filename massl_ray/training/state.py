@@ -11,6 +11,7 @@ from massl_ray.config import Config, Resolved
 from massl_ray.method.memory import Memory
 from massl_ray.method.network import build_encoder
 from massl_ray.method.optim import build_optimizer
+from massl_ray.method.products import use_onednn
 from massl_ray.method.step import State, StepSettings
 from massl_ray.training.collectives import Distributed, Local
 
@@ -25,7 +26,9 @@ def build_state(config: Config, resolved: Resolved, device: torch.device, collec
         encoder.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         choose_attention(encoder.backbone, device, config.train.precision)
         if config.train.compile:
-            encoder.backbone.compile()
+            encoder.backbone.compile(dynamic=False)  # a kernel a resolution
+        elif device.type == "cpu":
+            use_onednn(encoder)
     dtype = getattr(torch, config.memory.dtype)
     memory = Memory(resolved.memory_size, config.head.dim, seed=config.run.seed, device=device, dtype=dtype)
     return State(student, teacher, build_optimizer(student), memory, collectives.wrap(student))
