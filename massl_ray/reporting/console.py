@@ -72,7 +72,7 @@ class Console:
                 MofNCompleteColumn(),
                 TextColumn("{task.fields[figures]}"),
                 TextColumn("left"),
-                TimeRemainingColumn(compact=True, elapsed_when_finished=True),
+                TimeRemainingColumn(compact=True),
                 console=self.rich,
             )
             self.task = self.progress.add_task("", total=self.run.resolved.steps, completed=event["step"], figures="")
