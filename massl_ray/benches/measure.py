@@ -3,6 +3,7 @@
 import ctypes
 import gc
 import json
+import os
 import platform
 import statistics
 import subprocess
@@ -15,6 +16,9 @@ from typing import Any
 import torch
 
 from massl_ray.method.products import product
+
+STEADY_ALLOCATOR = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+"""glibc gives large blocks back as soon as they are freed, so that a peak is what was needed and not what was kept."""
 
 
 def alternate(sides: Mapping[str, Callable[[], Any]], device: torch.device, rounds: int) -> dict[str, list[float]]:
@@ -67,7 +71,7 @@ def extra_peak(call: Callable[[], Any], device: torch.device) -> int:
 def in_fresh_process(module: str, **arguments: Any) -> dict[str, Any]:
     """Run `python -m module JSON` and return the JSON object that it prints last."""
     command = [sys.executable, "-m", module, json.dumps(arguments)]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | STEADY_ALLOCATOR)
     if done.returncode:
         raise RuntimeError(f"{module} with {arguments} failed:\n{done.stderr}")
     return json.loads(done.stdout.strip().splitlines()[-1])
