@@ -1,6 +1,7 @@
 """The command: one JSON object with the agreed fields, no Ray, operations counted right."""
 
 import json
+import math
 import sys
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from massl_ray.bench import main
 from massl_ray.benches import readout, step
 from massl_ray.config import load
+from massl_ray.method.step import METRICS
 from tests.images import TINY
 
 
@@ -56,5 +58,8 @@ def test_step_sides_run(monkeypatch):
     """Both sides take a step of a small configuration; the reference uses timm's own stochastic depth."""
     config = load([*TINY, "--train.micro_batch_size", "8"])
     monkeypatch.setattr(step, "IMAGES", 48)
-    for call in step.calls(config, torch.device("cpu")):
-        call()
+    plain, ours = step.calls(config, torch.device("cpu"))
+    metrics = ours()
+    assert metrics.isfinite().all() and metrics[METRICS.index("grad_norm")] > 0
+    for loss in (plain(), metrics[METRICS.index("loss")].item()):
+        assert loss == pytest.approx(math.log(32), rel=0.3)  # untrained, in blocks of 32 slots

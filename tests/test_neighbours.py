@@ -11,7 +11,7 @@ from massl_ray.evaluation.neighbours import nearest_neighbours
 
 def images(size: int, labelled: bool = True) -> Listing:
     labels = np.arange(size) % 3 if labelled else None
-    return Listing("/root", np.array([f"{index}.png" for index in range(size)]), labels, ("a", "b", "c") if labelled else ())
+    return Listing("/images", np.array([f"{index}.png" for index in range(size)]), labels, ("a", "b", "c") if labelled else ())
 
 
 def random_features(listing: Listing, samples: list[int], dims: int = 6) -> Features:
@@ -29,11 +29,11 @@ def test_agrees_with_a_plain_loop():
     rows /= np.linalg.norm(rows, axis=1, keepdims=True)
     size = len(samples)
     places = [round(index * (size - 1) / 4) for index in range(5)]
-    assert [query["path"] for query in found] == [f"/root/{samples[place]}.png" for place in places]
+    assert [query["path"] for query in found] == [f"/images/{samples[place]}.png" for place in places]
     for query, place in zip(found, places, strict=True):
         assert query["class"] == "abc"[samples[place] % 3]
         others = sorted((other for other in range(size) if other != place), key=lambda other: -rows[other] @ rows[place])[:4]
-        assert [near["path"] for near in query["neighbours"]] == [f"/root/{samples[other]}.png" for other in others]
+        assert [near["path"] for near in query["neighbours"]] == [f"/images/{samples[other]}.png" for other in others]
         assert [near["class"] for near in query["neighbours"]] == ["abc"[samples[other] % 3] for other in others]
         for near, other in zip(query["neighbours"], others, strict=True):
             assert near["similarity"] == pytest.approx(rows[other] @ rows[place], abs=1e-5)
@@ -42,8 +42,8 @@ def test_agrees_with_a_plain_loop():
 def test_by_hand():
     rows = torch.tensor([[1.0, 0.0], [3.0, 4.0], [-2.0, 0.0], [0.0, 5.0]])
     found = nearest_neighbours(Features(rows, torch.arange(4), None), images(4, labelled=False), queries=1, neighbours=3)
-    assert len(found) == 1 and found[0]["path"] == "/root/0.png" and found[0]["class"] is None
-    assert [near["path"] for near in found[0]["neighbours"]] == ["/root/1.png", "/root/3.png", "/root/2.png"]
+    assert len(found) == 1 and found[0]["path"] == "/images/0.png" and found[0]["class"] is None
+    assert [near["path"] for near in found[0]["neighbours"]] == ["/images/1.png", "/images/3.png", "/images/2.png"]
     assert [near["similarity"] for near in found[0]["neighbours"]] == pytest.approx([0.6, 0.0, -1.0])
 
 
@@ -51,7 +51,7 @@ def test_no_image_is_its_own_neighbour_but_its_copy_is():
     rows = torch.tensor([[1.0, 2.0], [1.0, 2.0], [2.0, -1.0]])
     for query in nearest_neighbours(Features(rows, torch.arange(3), None), images(3, labelled=False), queries=3, neighbours=9):
         assert query["path"] not in [near["path"] for near in query["neighbours"]] and len(query["neighbours"]) == 2
-        if query["path"] != "/root/2.png":
+        if query["path"] != "/images/2.png":
             assert query["neighbours"][0]["similarity"] == pytest.approx(1.0)
 
 

@@ -116,9 +116,7 @@ def test_each_micro_batch_starts_from_the_values_before_the_step():
 
 def test_a_module_without_statistics_sends_nothing():
     statistics = RunningStatistics(nn.Linear(2, 2))
+    sent: list[Tensor] = []
     statistics.after_micro_batch()
-
-    def refuse(values: Tensor) -> Tensor:
-        raise AssertionError(values)
-
-    statistics.finish(3, refuse)
+    statistics.finish(3, lambda values: (sent.append(values), values)[1])
+    assert sent == []

@@ -142,7 +142,7 @@ def test_the_source_itself_may_be_a_link(tmp_path):
 
 
 def test_class_folders():
-    images = listing("/root", ["cat/1.png", "cat/deep/2.png", "dog/3.png", "ape/4.png", "ape/5.png", "dog/cat/6.png"])
+    images = listing("/images", ["cat/1.png", "cat/deep/2.png", "dog/3.png", "ape/4.png", "ape/5.png", "dog/cat/6.png"])
     assert images.classes == ("ape", "cat", "dog")
     assert images.labels.tolist() == [1, 1, 2, 0, 0, 2]
 
@@ -158,20 +158,20 @@ def test_class_folders():
     ],
 )
 def test_no_class_folders(paths):
-    images = listing("/root", paths)
+    images = listing("/images", paths)
     assert images.labels is None and images.classes == () and images.paths.tolist() == paths
 
 
 def test_two_images_a_class_are_enough():
-    assert listing("/root", ["a/1.png", "a/2.png", "a/3.png", "b/4.png"]).classes == ("a", "b")
+    assert listing("/images", ["a/1.png", "a/2.png", "a/3.png", "b/4.png"]).classes == ("a", "b")
 
 
 def test_take_keeps_images_and_labels_together():
-    images = listing("/root", ["a/1.png", "a/2.png", "b/3.png", "b/4.png"])
+    images = listing("/images", ["a/1.png", "a/2.png", "b/3.png", "b/4.png"])
     taken = images.take(np.array([3, 0]))
-    assert [taken.path(0), taken.path(1)] == ["/root/b/4.png", "/root/a/1.png"]
+    assert [taken.path(0), taken.path(1)] == ["/images/b/4.png", "/images/a/1.png"]
     assert taken.labels.tolist() == [1, 0] and taken.classes == ("a", "b") and len(taken) == 2
-    assert listing("/root", ["1.png", "2.png"]).take(np.array([1])).labels is None
+    assert listing("/images", ["1.png", "2.png"]).take(np.array([1])).labels is None
 
 
 # ---- what is refused -------------------------------------------------------------------------------------------------
@@ -221,7 +221,9 @@ def broken_ones(folder: Path, number: int, broken: int) -> Listing:
 
 @pytest.mark.parametrize(("broken", "share"), [(0, 0.01), (2, 0.1), (2, 0.2), (20, 1.0)])
 def test_probe_lets_pass_what_is_allowed(tmp_path, broken, share):
-    probe(broken_ones(tmp_path / "x", 20, broken), share)
+    images = broken_ones(tmp_path / "x", 20, broken)
+    assert sum(fault(images.path(sample)) is not None for sample in range(20)) == broken
+    probe(images, share)
 
 
 def test_probe_names_how_many_and_the_first(tmp_path):
@@ -241,7 +243,7 @@ def test_probe_of_nothing_that_can_be_read(tmp_path):
 def test_probe_tries_a_spread_out_few(monkeypatch):
     tried = []
     monkeypatch.setattr(sources, "fault", lambda path: tried.append(path))
-    images = Listing("/root", np.array([str(number) for number in range(10_000)]), None, ())
+    images = Listing("/images", np.array([str(number) for number in range(10_000)]), None, ())
     probe(images, 0.05)
     places = sorted(int(os.path.basename(path)) for path in tried)
     assert len(set(places)) == 256 and places[0] == 0 and places[-1] == 9999
@@ -268,7 +270,7 @@ def test_fault(tmp_path):
 @settings(deadline=None, max_examples=30)
 @given(size=st.integers(1, 500), share=st.floats(0.01, 0.9))
 def test_hold_out_splits_in_two_and_always_alike(size, share):
-    images = Listing("/root", np.array([f"{number:04d}" for number in range(size)]), np.arange(size) % 3, ("a", "b", "c"))
+    images = Listing("/images", np.array([f"{number:04d}" for number in range(size)]), np.arange(size) % 3, ("a", "b", "c"))
     bank, queries = hold_out(images, share)
     assert sorted([*bank.paths, *queries.paths]) == images.paths.tolist()
     for part in (bank, queries):
@@ -279,13 +281,13 @@ def test_hold_out_splits_in_two_and_always_alike(size, share):
 
 
 def test_hold_out_is_a_tenth_and_a_side_does_not_change_as_images_come_after():
-    few, many = (Listing("/root", np.array([f"{number:05d}" for number in range(size)]), None, ()) for size in (5000, 20_000))
+    few, many = (Listing("/images", np.array([f"{number:05d}" for number in range(size)]), None, ()) for size in (5000, 20_000))
     queries = hold_out(few)[1].paths.tolist()
     assert len(queries) == pytest.approx(500, abs=4 * np.sqrt(5000 * 0.09))
     assert queries == [path for path in hold_out(many)[1].paths.tolist() if int(path) < 5000]
 
 
 def test_hold_out_draws_from_its_own_key():
-    images = Listing("/root", np.arange(100).astype(str), None, ())
+    images = Listing("/images", np.arange(100).astype(str), None, ())
     draws = np.random.Generator(np.random.Philox(key=np.array([0, 7], dtype=np.uint64))).random(100)
     assert hold_out(images, 0.3)[1].paths.tolist() == [str(number) for number in range(100) if draws[number] < 0.3]

@@ -13,7 +13,7 @@ from massl_ray.benches.measure import alternate, extra_peak, in_fresh_process, m
 from massl_ray.benches.plain import PlainState, plain_optimizer, plain_step
 from massl_ray.benches.readout import readout_flops
 from massl_ray.config import Config, load, resolve
-from massl_ray.method.memory import block_permutation
+from massl_ray.method.memory import Memory, block_permutation
 from massl_ray.method.network import Encoder, build_encoder, drop_path_draws
 from massl_ray.method.schedules import Schedule
 from massl_ray.method.step import Batch, MicroBatch, prepare_views, train_step
@@ -119,7 +119,7 @@ def plain_call(config: Config, device: torch.device) -> Callable[[], Any]:
     student, teacher = _plain_encoder(config, config.model.drop_path), _plain_encoder(config, 0.0)
     teacher.load_state_dict(student.state_dict())
     teacher.requires_grad_(False)
-    memory = torch.nn.functional.normalize(torch.randn(resolved.memory_size, config.head.dim), dim=1)
+    memory = Memory(resolved.memory_size, config.head.dim).rows
     student.to(device)
     state = PlainState(student, teacher.to(device), plain_optimizer(student, SCHEDULE.lr, SCHEDULE.weight_decay), memory.to(device))
     views = _views(config, resolved.batch_size)
@@ -135,7 +135,12 @@ def _plain_encoder(config: Config, drop_path: float) -> Encoder:
     import timm
 
     encoder = build_encoder(config)
-    encoder.backbone = timm.create_model(config.model.backbone, num_classes=0, dynamic_img_size=True, drop_path_rate=drop_path)
+    size = config.views.global_size
+    backbone = timm.create_model(
+        config.model.backbone, num_classes=0, img_size=size, dynamic_img_size=True, drop_path_rate=drop_path
+    )
+    backbone.load_state_dict(encoder.backbone.state_dict())
+    encoder.backbone = backbone
     return encoder
 
 
