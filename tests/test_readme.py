@@ -31,7 +31,7 @@ def test_every_command_is_known_to_a_test():
     assert [command.split("#")[0].strip() for command in COMMANDS] == [
         "make demo",  # .ci/run
         "make test",  # .ci/run
-        "pip install 'massl-ray[demo]'",  # test_wheel, from the wheel
+        "pip install '.[demo]'",  # test_wheel, from the wheel
         "massl-ray train --data.source DIR --run.dir runs/mine --train.steps 2000",
         "massl-ray train --preset vit_small --data.source DIR --run.dir runs/vit_small",
         "ray job submit --working-dir . -- python -m massl_ray.train --preset demo",  # test_train.test_ray_job
