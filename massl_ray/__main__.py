@@ -7,6 +7,7 @@ from collections.abc import Sequence
 COMMANDS = {
     "train": "pretrain a backbone on a folder of images",
     "report": "write report.html anew from a run directory",
+    "inspect": "say what a checkpoint holds, and whether it is whole",
     "bench": "measure ours beside a reference on this machine",
 }
 
