@@ -2,11 +2,16 @@
 
 import signal
 import sys
+import threading
 import time
 from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 from massl_ray.config import load
 from massl_ray.errors import UserError
+
+if TYPE_CHECKING:
+    from massl_ray.training.run import Run
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -24,33 +29,53 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def train(argv: Sequence[str], started: float) -> int:
     config = load(argv)
+    from massl_ray.training.lock import hold
     from massl_ray.training.run import claim_directory, prepare_run  # late: a wrong flag is answered at once
 
     run = prepare_run(config)
-    claim_directory(run)
+    with hold(run.folder) as lost:
+        return _train(claim_directory(run), started, lost)
 
+
+def _train(run: "Run", started: float, lost: threading.Event) -> int:
     from massl_ray.on_ray.launch import Stopped, cluster, run_workers
     from massl_ray.reporting.console import Console
     from massl_ray.reporting.html import write_report
+    from massl_ray.reporting.recorder import RunRecorder
     from massl_ray.reporting.skipped import SkippedImages
     from massl_ray.reporting.summary import write_summary
+    from massl_ray.training.mirror import Mirror
 
-    console = Console(run, SkippedImages(run.dir))
+    console, recorder = Console(run, SkippedImages(run.dir)), RunRecorder(run)
+    mirror = None if run.folder.is_local else Mirror(run.dir, run.folder)
     console.plan()
+
+    def follow(event: dict[str, Any]) -> None:
+        recorder.follow(event)
+        console.follow(event)
+        if mirror:
+            mirror.push(at_most_every_s=30.0)
+        if lost.is_set():
+            raise UserError(f"run.dir: another run took over {run.folder}. This one is stopped.")
+
     try:
         with cluster():
-            outcome = run_workers(run, console.follow)
+            outcome = run_workers(run, follow)
+        if outcome.status == "finished":
+            console.close()
+            console.finished(write_summary(run.dir, run.checkpoints, time.monotonic() - started), write_report(run.dir))
+            return 0
+        print(f"massl-ray: {outcome.message}", file=sys.stderr)
+        return 1
     except Stopped as stopped:
         console.close()
         console.say(f"Stopped. Run the same command again to continue from the last checkpoint in {run.checkpoints}.")
         return 128 + stopped.signum
     finally:
+        recorder.close()
         console.close()
-    if outcome.status != "finished":
-        print(f"massl-ray: {outcome.message}", file=sys.stderr)
-        return 1
-    console.finished(write_summary(run.dir, wall_s=time.monotonic() - started), write_report(run.dir))
-    return 0
+        if mirror and not mirror.push():
+            print(f"massl-ray: {run.folder} cannot be written to; the newest small files are in {run.dir}.", file=sys.stderr)
 
 
 if __name__ == "__main__":

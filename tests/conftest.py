@@ -16,7 +16,7 @@ def ray_cluster(tmp_path_factory):
     """A local cluster of four logical CPUs, with its own directory; gone when the session ends."""
     import ray
 
-    from massl_ray.on_ray.launch import QUIET
+    from massl_ray.on_ray.knobs import QUIET
 
     os.environ.update(QUIET)
     folder = tmp_path_factory.mktemp("ray")

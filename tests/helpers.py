@@ -48,9 +48,7 @@ def make_images(folder: Path, number: int) -> Path:
 
 def tiny_run(source: Path, run_dir: Path, *flags: str) -> Run:
     """A prepared run with its directory claimed."""
-    run = prepare_run(load([*TINY, "--data.source", str(source), "--run.dir", str(run_dir), *flags]))
-    claim_directory(run)
-    return run
+    return claim_directory(prepare_run(load([*TINY, "--data.source", str(source), "--run.dir", str(run_dir), *flags])))
 
 
 def metrics_line(step: int, **changes) -> dict:

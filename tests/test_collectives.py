@@ -17,7 +17,7 @@ from massl_ray.method.network import Encoder, Head
 from massl_ray.method.optim import build_optimizer
 from massl_ray.method.schedules import Schedule
 from massl_ray.method.step import METRICS, Batch, MicroBatch, State, StepSettings, train_step
-from massl_ray.training.collectives import Distributed, Local, _without_padding
+from massl_ray.training.collectives import Distributed, Exact, Local
 from massl_ray.training.state import to_tensors
 
 MICRO_BATCHES, SIZE, SIDE, DIM, SLOTS = 5, 3, 4, 6, 40
@@ -39,10 +39,11 @@ class FewColours(nn.Module):
 
     def __init__(self):
         super().__init__()
+        self.convolution = nn.Conv2d(3, 3, 2).to(memory_format=torch.channels_last)
         self.linear, self.norm = nn.Linear(3, 5), nn.BatchNorm1d(5)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.norm(self.linear(x.mean((2, 3)))).tanh()
+        return self.norm(self.linear(self.convolution(x).mean((2, 3)))).tanh()
 
 
 def build(collectives) -> State:
@@ -72,7 +73,8 @@ def three_steps(collectives) -> dict:
     for step in range(3):
         seen["metrics"].append(train_step(state, batch_of(step, first, last), SCHEDULE, SETTINGS, collectives))
         seen["gradients"].append({name: value.grad.clone() for name, value in state.student.named_parameters()})
-    return seen | {"state": to_tensors(state)}
+    strides = all(value.grad.stride() == value.stride() for value in state.student.parameters() if value.grad is not None)
+    return seen | {"state": to_tensors(state), "strides": strides}
 
 
 def numbered_rows(first: int, last: int) -> Tensor:
@@ -91,15 +93,21 @@ def worker(rank: int, folder: str) -> None:
 
 
 def results_of(rank: int, world_size: int) -> dict:
-    collectives = Distributed(MICRO_BATCHES, SIZE)
+    collectives = Distributed(MICRO_BATCHES)
     first, last = worker_share(rank, world_size, MICRO_BATCHES)
-    values = torch.tensor([rank + 1.0, 10.0**rank], dtype=torch.float64)
+    values = torch.tensor([[index + 1.0, 10.0**index] for index in range(first, last)], dtype=torch.float64)
+    tensors = {"a": torch.arange(3), "b": torch.ones(2, 2, dtype=torch.bfloat16)}
     return {
         "share": (first, last),
         "gathered": collectives.start_gather(numbered_rows(first, last))(),
         "transposed": collectives.start_gather(numbered_rows(first, last).T.contiguous().T)(),
         "total": collectives.total(values),
+        "exact_total": Exact(collectives, MICRO_BATCHES).total(values),
         "values": values,
+        "agreed": collectives.start_agreement(rank)(),
+        "shared": collectives.share(f"from {rank}"),
+        "tensors": collectives.share_tensors(None if rank else tensors),
+        "exact": three_steps(Exact(collectives, MICRO_BATCHES)),
         **three_steps(collectives),
     }
 
@@ -121,6 +129,11 @@ def alone() -> dict:
     return three_steps(Local())
 
 
+@pytest.fixture(scope="module")
+def exact_alone() -> dict:
+    return three_steps(Exact(Local(), MICRO_BATCHES))
+
+
 def test_shares_are_uneven(results):
     counts = [last - first for first, last in (result["share"] for result in results)]
     assert sum(counts) == MICRO_BATCHES and len(set(counts)) == 2
@@ -133,10 +146,21 @@ def test_gather_is_in_batch_order_without_padding(results, key):
 
 
 def test_total_is_the_sum_and_leaves_its_argument(results):
-    number = len(results)
-    for rank, result in enumerate(results):
-        assert result["total"].tolist() == [number * (number + 1) / 2, int("1" * number)]
-        assert result["values"].tolist() == [rank + 1, 10**rank]
+    for result in results:
+        expected = [MICRO_BATCHES * (MICRO_BATCHES + 1) / 2, int("1" * MICRO_BATCHES)]
+        assert result["total"].tolist() == result["exact_total"].tolist() == expected
+        assert result["values"].tolist() == [[index + 1, 10**index] for index in range(*result["share"])]
+
+
+def test_the_largest_wish_counts(results):
+    assert [result["agreed"] for result in results] == [len(results) - 1] * len(results)
+
+
+def test_all_get_what_the_first_worker_has(results):
+    for result in results:
+        assert result["shared"] == "from 0"
+        assert result["tensors"]["a"].tolist() == [0, 1, 2]
+        assert torch.equal(result["tensors"]["b"], torch.ones(2, 2, dtype=torch.bfloat16))
 
 
 def test_gradients_equal_one_process(results, alone):
@@ -147,7 +171,7 @@ def test_gradients_equal_one_process(results, alone):
 
 
 def test_first_gradient_is_the_mean_over_micro_batches(results):
-    """Not through `accumulate`: each micro-batch's gradient alone, from a state before any step."""
+    """Not through `micro_batch`: each micro-batch's gradient alone, from a state before any step."""
     gradients: dict[str, list[Tensor]] = {}
     for index in range(MICRO_BATCHES):
         batch = batch_of(0, index, index + 1)
@@ -175,16 +199,31 @@ def test_workers_agree_to_the_last_bit(results):
         assert all(torch.equal(a, b) for a, b in zip(results[0]["metrics"], other["metrics"], strict=True))
 
 
-def test_padding_is_cut_off_of_any_worker():
-    received = torch.tensor([0.0, 1.0, 2.0, -1.0, 3.0, -1.0, 4.0, 5.0]).unsqueeze(1)
-    assert _without_padding(received, [2, 1, 1, 2]).flatten().tolist() == [0, 1, 2, 3, 4, 5]
-    assert _without_padding(received, [2, 2, 2, 2]).flatten().tolist() == [0, 1, 2, -1, 3, -1, 4, 5]
+def test_exact_is_the_same_to_the_last_bit_at_any_number_of_workers(results, exact_alone):
+    for result in results:
+        for name, value in exact_alone["state"].items():
+            assert torch.equal(value, result["exact"]["state"][name]), name
+        assert all(torch.equal(a, b) for a, b in zip(exact_alone["metrics"], result["exact"]["metrics"], strict=True))
+        for expected, gradients in zip(exact_alone["gradients"], result["exact"]["gradients"], strict=True):
+            assert all(torch.equal(value, gradients[name]) for name, value in expected.items())
+
+
+def test_exact_equals_plain_within_rounding(alone, exact_alone):
+    for name, value in alone["state"].items():
+        torch.testing.assert_close(exact_alone["state"][name], value, rtol=1e-7, atol=1e-10, msg=name)
+
+
+def test_exact_keeps_the_layout_of_parameters(results):
+    """The fused optimizer walks memory: a gradient laid out unlike its parameter would silently be another one."""
+    for result in results:
+        assert result["exact"]["strides"]
 
 
 def test_one_worker_keeps_what_it_has():
     collectives, rows, module = Local(), torch.ones(3, 2), nn.Linear(1, 1)
-    assert collectives.start_gather(rows)() is rows and collectives.total(rows) is rows and collectives.wrap(module) is module
-    with collectives.accumulate(module, last=False):
+    assert collectives.start_gather(rows)() is rows and collectives.wrap(module) is module
+    assert collectives.total(rows).tolist() == [3, 3] and collectives.share(7) == 7 and collectives.start_agreement(2)() == 2
+    with collectives.micro_batch(module, last=False):
         module(torch.ones(1, 1)).backward()
     assert module.weight.grad.item() == 1.0
     assert (collectives.rank, collectives.world_size) == (0, 1)

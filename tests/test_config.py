@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 import massl_ray
-from massl_ray.config import Config, fill, keys, load, presets, resolve, to_toml
+from massl_ray.config import Config, decided_as, fill, keys, load, parse_toml, presets, resolve, to_toml, validate
 from massl_ray.errors import UserError
 
 PACKAGE = Path(massl_ray.__file__).parent
@@ -90,6 +90,8 @@ def test_recipes_are_the_papers():
         ),
         ("--train.global_batch_size 96 --train.micro_batch_size 36", ["must divide", "96", "32"]),
         ("--views.local_area 0.5,0.1", ["views.local_area must rise"]),
+        ("--elastic.timeout_seconds 9", ["elastic.timeout_seconds is '9'", "greater than or equal to 10"]),
+        ("--elastic.max_lost_seconds 0", ["elastic.max_lost_seconds is '0'", "greater than 0"]),
         ("--elastic.min_workers 4 --elastic.max_workers 2", ["elastic.max_workers 2 is below elastic.min_workers 4"]),
         ("--preset dmeo", ["no preset 'dmeo'", "the nearest is 'demo'"]),
         ("--config nowhere.toml", ["nowhere.toml cannot be read"]),
@@ -142,6 +144,36 @@ def test_filled_configuration_resolves_to_itself():
     assert resolve(filled, 30_000) == resolve(original, 30_000)
 
 
+def test_what_an_earlier_start_decided_stands_in_for_auto():
+    """Values that are asked for stay, and so does what another cluster may decide anew."""
+    earlier = fill(load(["--config", "/dev/null"]), resolve(Config(), 140_000))
+    assert (earlier.memory.size, earlier.train.micro_batch_size) == (32768, 64)
+    asked = load("--config /dev/null --memory.num_blocks 4 --optim.warmup_epochs 3 --optim.lr 1".split())
+    decided = decided_as(earlier, asked)
+    changed = {key: value for key, value in keys(decided).items() if value != keys(asked)[key]}
+    assert changed == {
+        "memory.size": 32768,
+        "loss.teacher_temp": pytest.approx(0.055, abs=1e-3),
+        "loss.teacher_temp_start": 0.04,
+        "loss.teacher_temp_epochs": pytest.approx(earlier.loss.teacher_temp_epochs),
+        "train.micro_batch_size": 64,
+    }
+    elsewhere = validate({"elastic": {"max_workers": 3}, "train": {"device": "cpu"}})
+    decided = decided_as(elsewhere, Config())
+    assert (decided.elastic.max_workers, decided.train.device) == ("auto", "cpu")
+
+
+def test_what_was_decided_must_fit_what_is_asked_for():
+    with pytest.raises(UserError, match="memory.size 64 is too small for memory.num_blocks 40"):
+        decided_as(validate({"memory": {"size": 64}}), validate({"memory": {"num_blocks": 40}}))
+
+
+def test_text_that_is_no_toml_is_named():
+    assert parse_toml("[a]\nb = 1\n", "x.toml") == {"a": {"b": 1}}
+    with pytest.raises(UserError, match=r"s3://bucket/run/config\.toml is not valid TOML: .+\."):
+        parse_toml("[a\n", "s3://bucket/run/config.toml")
+
+
 def test_configuration_is_frozen():
     with pytest.raises(Exception, match="frozen"):
         load([]).run.seed = 3  # type: ignore[misc]
@@ -170,23 +202,26 @@ READ_ELSEWHERE = {
     "data.source": ("training/run.py", "config.data.source"),
     "data.test_source": ("training/run.py", "config.data.test_source"),
     "data.max_skipped": ("training/loop.py", "config.data.max_skipped"),
-    "train.device": ("on_ray/launch.py", "config.train.device"),
-    "train.threads": ("on_ray/worker.py", "config.train.threads"),
+    "train.device": ("on_ray/layout.py", "config.train.device"),
+    "train.threads": ("on_ray/life.py", "config.train.threads"),
     "train.precision": ("training/state.py", "config.train.precision"),
     "train.checkpoint_every": ("training/loop.py", "config.train.checkpoint_every"),
     "train.log_every": ("training/loop.py", "config.train.log_every"),
     "train.compile": ("training/state.py", "config.train.compile"),
-    "checkpoint.keep": ("reporting/recorder.py", "config.checkpoint.keep"),
+    "checkpoint.keep": ("on_ray/life.py", "config.checkpoint.keep"),
     "eval.knn_every": ("training/loop.py", "config.eval.knn_every"),
-    "eval.knn_k": ("reporting/recorder.py", "config.knn_k"),
-    "eval.knn_temp": ("reporting/recorder.py", "config.knn_temp"),
+    "eval.knn_k": ("reporting/reporter.py", "config.knn_k"),
+    "eval.knn_temp": ("reporting/reporter.py", "config.knn_temp"),
     "eval.crop": ("evaluation/features.py", "config.eval.crop"),
     "eval.max_images": ("training/run.py", "config.eval.max_images"),
     "monitor.min_spread": ("training/monitors.py", "self.config.min_spread"),
     "monitor.patience": ("training/monitors.py", "self.config.patience"),
-    "elastic.min_workers": ("on_ray/launch.py", "config.elastic.min_workers"),
-    "elastic.max_workers": ("on_ray/launch.py", "config.elastic.max_workers"),
-    "elastic.max_failures": ("on_ray/launch.py", "config.elastic.max_failures"),
+    "elastic.min_workers": ("on_ray/layout.py", "config.elastic.min_workers"),
+    "elastic.max_workers": ("on_ray/layout.py", "config.elastic.max_workers"),
+    "elastic.exact": ("on_ray/life.py", "config.elastic.exact"),
+    "elastic.max_lost_seconds": ("reporting/reporter.py", "config.elastic.max_lost_seconds"),
+    "elastic.timeout_seconds": ("on_ray/life.py", "config.elastic.timeout_seconds"),
+    "elastic.max_failures": ("on_ray/life.py", "config.elastic.max_failures"),
 }
 
 OTHER = {

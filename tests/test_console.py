@@ -54,7 +54,8 @@ def clock(monkeypatch):
 
 
 def metrics(step: int, **changes) -> dict:
-    return {"kind": "metrics", "line": metrics_line(step, **changes)}
+    """The line of this step comes last of several."""
+    return {"kind": "metrics", "lines": [metrics_line(step - 1, loss=9.0), metrics_line(step, **changes)]}
 
 
 @pytest.mark.parametrize(
@@ -143,8 +144,35 @@ def test_stopping(said):
     assert line.startswith("Stopping: the current step is finished and saved first.")
 
 
+def test_failure(said):
+    text = "Worker 1 failed: ValueError: none of the 48 images in /x [y] can be read any more"
+    assert said({"kind": "failure", "text": text}) == [text]
+
+
+def test_note(said):
+    text = "Checkpoint passed over: 50% [/gone]"
+    assert said({"kind": "note", "text": text}) == [f"Note      {text}"]
+
+
+TRANSITION = {
+    "kind": "transition", "at": "2026-01-02T03:04:05.678+00:00", "from": 3, "to": 2, "cause": "lost", "seconds": 4.26,
+    "steps_repeated": 7, "step": 12345,
+}  # fmt: skip
+
+
+def test_transition(said):
+    assert said(TRANSITION, TRANSITION | {"from": 2, "to": 4, "cause": "added", "seconds": 12.0, "steps_repeated": 0}) == [
+        "Workers   3 -> 2 (lost) after step 12,345; 4.3 s until the next step, 7 steps repeated",
+        "Workers   2 -> 4 (added) after step 12,345; 12.0 s until the next step, 0 steps repeated",
+    ]
+
+
+def test_the_first_start_is_no_transition_to_speak_of(said):
+    assert said(TRANSITION | {"from": 0, "to": 3, "cause": "start"}) == []
+
+
 def test_unknown_events_say_nothing(said):
-    assert said({"kind": "alive"}, {"kind": "checkpoint", "step": 4}, {"kind": "invented"}) == []
+    assert said({"kind": "progress", "life": 1, "step": 3}, {"kind": "checkpoint", "step": 4}, {"kind": "invented"}) == []
 
 
 @pytest.mark.parametrize(

@@ -5,9 +5,10 @@ import pytest
 
 from massl_ray.config import load
 from massl_ray.data.decode import read
+from massl_ray.data.making import read_or_next
 from massl_ray.data.order import samples_at, step_positions
 from massl_ray.method.views import make_views
-from massl_ray.on_ray.ingest import read_or_next, start_now, stream_views
+from massl_ray.on_ray.ingest import start_now, stream_views
 from massl_ray.training.run import prepare_run
 from tests.images import TINY
 
@@ -32,7 +33,7 @@ def expected_views(run, step: int):
 
 def test_every_step_gets_its_samples_in_order(ray_cluster, run):
     """Eight steps of 8 over 48 images cross an epoch's end."""
-    streamed = list(start_now(stream_views(run, 0, 1, 0, cpus=2)))
+    streamed = list(start_now(stream_views(run, 0, 1, 0, tasks=2)))
     assert len(streamed) == 8
     for step, views in enumerate(streamed):
         global_views, local_views = expected_views(run, step)
@@ -43,7 +44,7 @@ def test_every_step_gets_its_samples_in_order(ray_cluster, run):
 
 def test_restart_at_any_step_and_share(ray_cluster, run):
     """From step 5 on, three workers together get what one would have got."""
-    streams = [list(stream_views(run, rank, 3, 5, cpus=1)) for rank in range(3)]
+    streams = [list(stream_views(run, rank, 3, 5, tasks=1)) for rank in range(3)]
     for step, parts in enumerate(zip(*streams, strict=True), start=5):
         global_views, _ = expected_views(run, step)
         np.testing.assert_array_equal(np.concatenate([part.global_views.numpy() for part in parts]), global_views)
@@ -51,7 +52,7 @@ def test_restart_at_any_step_and_share(ray_cluster, run):
 
 def test_a_long_run_is_a_chain_of_datasets(ray_cluster, run, monkeypatch):
     monkeypatch.setattr("massl_ray.on_ray.ingest.TASKS", 3)
-    for step, views in enumerate(stream_views(run, 0, 1, 2, cpus=2), start=2):
+    for step, views in enumerate(stream_views(run, 0, 1, 2, tasks=2), start=2):
         np.testing.assert_array_equal(views.global_views.numpy(), expected_views(run, step)[0])
     assert step == 7
 
@@ -63,7 +64,7 @@ def test_unreadable_images_are_passed_over_by_rule(ray_cluster, run):
     image, skipped = read_or_next(run.images, 10)
     np.testing.assert_array_equal(np.asarray(image), np.asarray(read(run.images.path(11))))
     assert len(skipped) == 1 and skipped[0].startswith(f"{broken}: UnidentifiedImageError")
-    streamed = [line for views in stream_views(run, 0, 1, 0, cpus=2) for line in views.skipped]
+    streamed = [line for views in stream_views(run, 0, 1, 0, tasks=2) for line in views.skipped]
     epochs, samples = samples_at(np.arange(64), 48, 0)
     assert len(streamed) == np.sum(samples == 10) and set(streamed) == set(skipped)
 

@@ -1,4 +1,4 @@
-"""The loop on one worker without Ray: figures a step, checkpoints, verdicts, continuation to the bit."""
+"""The loop on one worker without Ray: figures a step, checkpoints, wishes, verdicts, continuation to the bit."""
 
 import warnings
 from collections.abc import Iterator
@@ -12,21 +12,23 @@ from massl_ray.data.decode import read
 from massl_ray.data.order import samples_at, step_positions
 from massl_ray.method.views import make_views
 from massl_ray.training.collectives import Local
-from massl_ray.training.loop import Views, train
+from massl_ray.training.loop import Views, Wish, train
 from massl_ray.training.run import Run, prepare_run
 from massl_ray.training.state import build_state, from_tensors, state_sha256, to_tensors
 from tests.images import TINY
 
 
 class Memo:
-    """A recorder that remembers."""
+    """A recorder that remembers. `wishes`: what it asks for during a step, by the step's number, counted from 1."""
 
-    def __init__(self, stop_after: int = 10**9):
+    def __init__(self, wishes: dict[int, Wish] | None = None):
         self.lines: list[dict] = []
         self.saved: dict[int, dict] = {}
         self.evaluated: list[int] = []
         self.unreadable: list[str] = []
-        self.stop_after = stop_after
+        self.calls: list[str] = []  # what was recorded, in order, but for metrics
+        self.wishes = wishes or {}
+        self.asked = 0
 
     def views(self, views: Views) -> None:
         self.first = views
@@ -39,12 +41,21 @@ class Memo:
 
     def checkpoint(self, state) -> None:
         self.saved[state.step] = to_tensors(state)
+        self.calls.append(f"checkpoint {state.step}")
+
+    def snapshot(self, state) -> None:
+        self.calls.append(f"snapshot {state.step}")
+
+    def step_done(self, state) -> None:
+        self.calls.append(f"done {state.step}")
 
     def evaluate(self, state) -> None:
         self.evaluated.append(state.step)
+        self.calls.append(f"evaluate {state.step}")
 
-    def stop_requested(self) -> bool:
-        return bool(self.lines) and self.lines[-1]["step"] >= self.stop_after
+    def wish(self) -> Wish:
+        self.asked += 1
+        return self.wishes.get(self.asked, Wish.NONE)
 
 
 @pytest.fixture
@@ -66,11 +77,12 @@ def stream(run: Run, start: int = 0, skipped: list[str] | None = None) -> Iterat
         yield Views(*(torch.from_numpy(np.stack(views)) for views in zip(*made, strict=True)), skipped or [])
 
 
-def start(run: Run, recorder: Memo, tensors=None, skipped=None):
-    state = build_state(run.config, run.resolved, torch.device("cpu"), Local())
+def start(run: Run, recorder: Memo, tensors=None, skipped=None, collectives: Local | None = None):
+    collectives = collectives or Local()
+    state = build_state(run.config, run.resolved, torch.device("cpu"), collectives)
     if tensors:
         from_tensors(state, tensors)
-    return train(run, state, stream(run, state.step, skipped), Local(), recorder)
+    return train(run, state, stream(run, state.step, skipped), collectives, recorder)
 
 
 def test_a_whole_run(make_run):
@@ -80,7 +92,7 @@ def test_a_whole_run(make_run):
     assert [line["step"] for line in recorder.lines] == list(range(1, 10))
     assert [line["images_seen"] for line in recorder.lines] == [8 * step for step in range(1, 10)]
     assert recorder.lines[-1]["epoch"] == pytest.approx(9 * 8 / 48)
-    assert sorted(recorder.saved) == [4, 8, 9] and recorder.evaluated == [0, 6, 9]
+    assert sorted(recorder.saved) == [4, 6, 8, 9] and recorder.evaluated == [0, 6, 9]
     for line in recorder.lines:
         assert line["kl"] == pytest.approx(line["loss"] - line["teacher_entropy"])
         assert line["world_size"] == 1 and line["images_per_s"] > 0 and 0 <= line["data_wait"] <= 1
@@ -100,17 +112,78 @@ def test_continued_from_a_checkpoint_to_the_bit(make_run):
 
 
 def test_stop_saves_and_says_where(make_run):
-    run, recorder = make_run("--train.steps", "40"), Memo(stop_after=6)
+    """The step during which it is asked for is the last one; its line of metrics is not lost."""
+    run, recorder = make_run("--train.steps", "40"), Memo({7: Wish.STOP})
     outcome = start(run, recorder)
-    assert (outcome.status, outcome.step) == ("stopped", 8)
-    assert max(recorder.saved) == 8 and "after step 8" in outcome.message
+    assert (outcome.status, outcome.step) == ("stopped", 7)
+    assert outcome.message == "Stopped on request after step 7, which is saved."
+    assert sorted(recorder.saved) == [4, 7] and recorder.lines[-1]["step"] == 7
+    assert recorder.calls[-2:] == ["done 6", "checkpoint 7"]
+
+
+def test_resize_leaves_with_a_snapshot(make_run):
+    run, recorder = make_run("--train.steps", "40"), Memo({7: Wish.RESIZE})
+    outcome = start(run, recorder)
+    assert (outcome.status, outcome.step, outcome.message) == ("resize", 7, "")
+    assert sorted(recorder.saved) == [4] and recorder.lines[-1]["step"] == 7
+    assert recorder.calls[-2:] == ["done 6", "snapshot 7"]
+
+
+def test_a_wish_to_save_is_a_snapshot_and_training_goes_on(make_run):
+    """Where a checkpoint is due anyway, that is it."""
+    run, recorder = make_run("--train.steps", "7"), Memo({3: Wish.SAVE, 4: Wish.SAVE})
+    outcome = start(run, recorder)
+    assert (outcome.status, outcome.step) == ("finished", 7)
+    assert recorder.calls == [
+        "evaluate 0", "done 1", "done 2", "snapshot 3", "done 3", "checkpoint 4", "done 4", "done 5", "done 6",
+        "evaluate 7", "checkpoint 7", "done 7",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("wish", [Wish.RESIZE, Wish.STOP])
+def test_nobody_leaves_after_the_last_step(make_run, wish):
+    run, recorder = make_run("--train.steps", "3"), Memo({3: wish})
+    assert start(run, recorder).status == "finished" and sorted(recorder.saved) == [3]
+
+
+def test_an_evaluation_comes_before_a_checkpoint_and_implies_one(make_run):
+    """So that a manifest can say how good its state is."""
+    run, recorder = make_run("--train.steps", "7", "--eval.knn_every", "3"), Memo()
+    start(run, recorder)
+    assert [call for call in recorder.calls if not call.startswith("done")] == [
+        "evaluate 0", "evaluate 3", "checkpoint 3", "checkpoint 4", "evaluate 6", "checkpoint 6", "evaluate 7", "checkpoint 7",
+    ]  # fmt: skip
+
+
+class Others(Local):
+    """As if there were more workers, one of which has wishes."""
+
+    def __init__(self, wishes: dict[int, Wish]):
+        self.wishes, self.heard = wishes, []
+
+    def start_agreement(self, wish: int):
+        self.heard.append(wish)
+        return lambda: max(wish, self.wishes.get(len(self.heard), Wish.NONE))
+
+
+def test_what_workers_agree_on_counts_not_the_own_wish(make_run):
+    run, recorder, others = make_run("--train.steps", "40"), Memo({2: Wish.SAVE}), Others({2: Wish.NONE, 5: Wish.STOP})
+    outcome = start(run, recorder, collectives=others)
+    assert (outcome.status, outcome.step) == ("stopped", 5)
+    assert others.heard == [Wish.NONE, Wish.SAVE, Wish.NONE, Wish.NONE, Wish.NONE]
+    assert "snapshot 2" in recorder.calls
+
+
+def test_wishes_of_several_workers_are_ordered():
+    assert sorted(Wish) == [Wish.NONE, Wish.SAVE, Wish.RESIZE, Wish.STOP]
+    assert max(Wish.SAVE, Wish.STOP, Wish.RESIZE) == Wish.STOP and not Wish.NONE
 
 
 def test_collapse_is_named(make_run):
     run, recorder = make_run("--train.steps", "40", "--monitor.min_spread", "1", "--monitor.patience", "6"), Memo()
     outcome = start(run, recorder)
     assert (outcome.status, outcome.step) == ("collapsed", 6)
-    assert max(recorder.saved) == 4
+    assert max(recorder.saved) == 4 and recorder.calls[-1] == "done 5"
 
 
 def test_too_many_unreadable_images_end_the_run(make_run):

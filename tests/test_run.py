@@ -1,5 +1,6 @@
 """A run before it starts: what it fills in, what it refuses, and how it takes up a directory again."""
 
+import hashlib
 import json
 import os
 from pathlib import Path
@@ -14,6 +15,8 @@ from massl_ray.data import sources
 from massl_ray.errors import UserError
 from massl_ray.training import run as module
 from massl_ray.training.run import FREE_TO_CHANGE, claim_directory, differing_keys, prepare_run, write_atomically, write_json
+from massl_ray.training.storage import Folder
+from tests.storages import in_memory
 
 
 def write_images(folder: Path, number: int) -> Path:
@@ -49,9 +52,7 @@ def config(source: Path, **sections) -> Config:
 
 
 def claimed(source: Path, **sections) -> module.Run:
-    run = prepare_run(config(source, **sections))
-    claim_directory(run)
-    return run
+    return claim_directory(prepare_run(config(source, **sections)))
 
 
 # ---- what it fills in ------------------------------------------------------------------------------------------------
@@ -79,8 +80,13 @@ def test_every_auto_is_filled_in(plain):
 
 def test_directory_is_laid_out(plain):
     run = claimed(plain)
-    assert run.dir == plain.parent / "run" and run.checkpoints == run.dir / "checkpoints"
-    assert sorted(entry.name for entry in run.dir.iterdir()) == ["checkpoints", "config.toml", "eval"]
+    assert run.dir == plain.parent / "run" and run.checkpoints == Folder(run.dir / "checkpoints")
+    assert sorted(entry.name for entry in run.dir.iterdir()) == ["checkpoints", "config.toml", "eval", "images.json"]
+    names = "".join(f"{index:03d}.png\0" for index in range(10))
+    assert json.loads((run.dir / "images.json").read_text()) == {
+        "count": 10,
+        "names_sha256": hashlib.sha256(names.encode()).hexdigest(),
+    }
 
 
 def test_relative_directory_becomes_absolute(plain, monkeypatch):
@@ -106,10 +112,11 @@ def test_same_command_and_the_written_file_both_go_on(plain):
     ("section", "change"),
     [
         ("data", {"max_skipped": 0.5}),
-        ("train", {"log_every": 3, "checkpoint_every": 7}),
+        ("train", {"log_every": 3, "checkpoint_every": 7, "steps": 100}),
         ("checkpoint", {"keep": 9}),
-        ("eval", {"knn_every": 5}),
-        ("elastic", {"min_workers": 1, "max_workers": 4, "max_failures": 2}),
+        ("eval", {"knn_every": 5, "knn_k": 3, "knn_temp": 0.5, "crop": 0.5, "max_images": 7}),
+        ("monitor", {"min_spread": 0.5, "patience": 3}),
+        ("elastic", {"min_workers": 1, "max_workers": 4, "max_failures": 2, "max_lost_seconds": 5.0, "timeout_seconds": 60.0}),
     ],
 )
 def test_harmless_settings_may_change(plain, section, change):
@@ -143,11 +150,81 @@ def test_many_differences_are_counted(plain):
         prepare_run(config(plain, views=dict.fromkeys(names, 0.3)))
 
 
-def test_more_images_are_another_configuration_where_that_changes_a_setting(plain):
+def test_a_longer_run_goes_on_with_what_was_decided_at_the_start(plain):
+    """A tenth of 80 epochs would be another warm-up; schedules of the steps that were done must not change."""
+    first = claimed(plain)
+    longer = claimed(plain, train={"epochs": 80.0})
+    assert (first.resolved.steps, longer.resolved.steps) == (8, 200)
+    decided = ("optim.warmup_epochs", "loss.teacher_temp_epochs", "memory.size", "train.micro_batch_size")
+    assert [keys(longer.config)[key] for key in decided] == [keys(first.config)[key] for key in decided]
+    assert keys(longer.config)["optim.warmup_epochs"] == pytest.approx(0.32)
+    other = {"run": {"dir": str(plain.parent / "fresh")}, "train": {"epochs": 80.0}}
+    assert keys(claimed(plain, **other).config)["optim.warmup_epochs"] == pytest.approx(8.0)
+
+
+def test_what_was_decided_does_not_win_over_what_is_asked_for(plain):
     claimed(plain)
-    write_images(plain / "more", 10)
-    with pytest.raises(UserError, match="train.steps is 8 there and 15 now"):
+    with pytest.raises(UserError, match="memory.size is 8192 there and 64 now"):
+        prepare_run(config(plain, memory={"size": 64}))
+    assert claimed(plain, memory={"size": 8192}).config.memory.size == 8192
+
+
+def test_as_many_workers_as_there_are_this_time(plain):
+    claimed(plain, elastic={"max_workers": 1})
+    assert claimed(plain).config.elastic.max_workers == "auto"
+
+
+def test_other_images_than_at_the_start_are_refused(plain):
+    run = claimed(plain)
+    (plain / "003.png").rename(plain / "0033.png")
+    with pytest.raises(UserError) as refusal:
         prepare_run(config(plain))
+    assert str(refusal.value) == (
+        f"data.source: {plain} no longer holds the images that the run in {run.dir} began with: 10 then, the same number, but "
+        "other names. Put them back, or choose another --run.dir."
+    )
+    write_images(plain / "more", 10)
+    with pytest.raises(UserError, match=r"began with: 10 then, 20 of them now\. Put them back"):
+        prepare_run(config(plain))
+    (plain / "0033.png").rename(plain / "003.png")
+    for path in (plain / "more").iterdir():
+        path.unlink()
+    assert prepare_run(config(plain)).config == run.config
+
+
+def test_a_start_that_ended_before_it_wrote_down_its_images_goes_on(plain):
+    run = claimed(plain)
+    (run.dir / "images.json").unlink()
+    (plain / "003.png").unlink()
+    assert len(claimed(plain).images) == 9
+    assert json.loads((run.dir / "images.json").read_text())["count"] == 9
+
+
+def test_a_configuration_that_is_no_toml_is_refused(plain):
+    run = claimed(plain)
+    for content, message in ((b"[memory\n", "is not valid TOML"), (b"\xff\xfe", "is not valid TOML")):
+        (run.dir / "config.toml").write_bytes(content)
+        with pytest.raises(UserError, match=f"run/config.toml {message}"):
+            prepare_run(config(plain))
+
+
+def test_a_run_at_a_uri_keeps_its_small_files_here_and_there(plain, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "cache_folder", lambda: tmp_path / "cache")
+    there = in_memory()
+    run = claimed(plain, run={"dir": str(there)})
+    assert run.folder == there and run.checkpoints == there / "checkpoints"
+    assert run.dir.parent == tmp_path / "cache" / "runs" and (run.dir / "eval").is_dir()
+    assert there.files() == ["config.toml", "images.json"]
+    there.write_text("metrics.jsonl", "{}\n")
+    (run.dir / "stale.json").write_text("of another run in a bucket of the same name")
+    again = claimed(plain, run={"dir": str(there)})
+    assert again.dir == run.dir and sorted(path.name for path in run.dir.iterdir() if path.is_file()) == [
+        "config.toml",
+        "images.json",
+        "metrics.jsonl",
+    ]
+    with pytest.raises(UserError, match="belongs to another configuration: run.seed is 0 there and 5 now"):
+        prepare_run(config(plain, run={"dir": str(there), "seed": 5}))
 
 
 def test_only_these_settings_are_free():
@@ -156,12 +233,22 @@ def test_only_these_settings_are_free():
     assert free == [
         "run.dir",
         "data.max_skipped",
+        "train.epochs",
+        "train.steps",
         "train.checkpoint_every",
         "train.log_every",
         "checkpoint.keep",
         "eval.knn_every",
+        "eval.knn_k",
+        "eval.knn_temp",
+        "eval.crop",
+        "eval.max_images",
+        "monitor.min_spread",
+        "monitor.patience",
         "elastic.min_workers",
         "elastic.max_workers",
+        "elastic.max_lost_seconds",
+        "elastic.timeout_seconds",
         "elastic.max_failures",
     ]
     changed = validate({"run": {"dir": "other", "seed": 1}, "elastic": {"max_failures": 0}, "optim": {"lr": 1.0}})
@@ -180,7 +267,7 @@ def test_foreign_directory_is_refused_and_left_alone(plain):
 def test_a_file_is_no_directory(plain):
     (plain.parent / "file").write_text("")
     for path in ("file", "file/below"):
-        with pytest.raises(UserError, match="Choose another --run.dir"):
+        with pytest.raises(UserError, match=f"{plain.parent / path} .*Choose another"):
             claimed(plain, run={"dir": str(plain.parent / path)})
 
 

@@ -43,7 +43,7 @@ def run_dir(tmp_path) -> Path:
 
 def test_exactly_these_figures(run_dir):
     write_knn(run_dir, pixels=0.5, untrained=0.6, step_8=0.7, step_12=0.8)
-    summary = write_summary(run_dir, wall_s=12.5)
+    summary = write_summary(run_dir, run_dir / "checkpoints", wall_s=12.5)
     assert summary == {
         "steps": 12,
         "images_seen": 96,
@@ -61,13 +61,13 @@ def test_exactly_these_figures(run_dir):
 
 
 def test_without_knn(run_dir):
-    summary = write_summary(run_dir, wall_s=1.0)
+    summary = write_summary(run_dir, run_dir / "checkpoints", wall_s=1.0)
     assert [summary[key] for key in ("knn_pixels", "knn_untrained", "knn_final")] == [None] * 3
 
 
 def test_final_knn_is_that_of_the_last_step(run_dir):
     write_knn(run_dir, pixels=0.5, step_8=0.7)
-    assert write_summary(run_dir, wall_s=1.0)["knn_final"] is None
+    assert write_summary(run_dir, run_dir / "checkpoints", wall_s=1.0)["knn_final"] is None
 
 
 def test_metrics_come_back(run_dir):

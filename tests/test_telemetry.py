@@ -1,24 +1,76 @@
-"""News between workers and console, through a real actor."""
+"""News between workers and the command, and the state that is kept, through a real actor."""
 
 import pytest
 import ray
+import torch
 
-from massl_ray.on_ray.telemetry import TelemetryClient, start_telemetry
+from massl_ray.on_ray.telemetry import TelemetryClient, start_telemetry, unpack
+from massl_ray.training.wish import Wish
 
 pytestmark = pytest.mark.ray
 
 
-def test_events_come_once_and_in_order_and_stop_is_heard(ray_cluster):
-    actor = start_telemetry()
-    client = TelemetryClient(actor)
-    client.announce({"kind": "a", "step": 1})
-    client.announce({"kind": "b", "step": 2})
+@pytest.fixture
+def actor(ray_cluster):
+    return start_telemetry()
+
+
+def begin(actor) -> tuple[int, int]:
+    return ray.get(actor.begin.remote())
+
+
+def test_news_come_once_in_order_and_of_the_present_life_only(actor):
+    first, _ = begin(actor)
+    old = TelemetryClient(actor, first)
+    old.announce({"kind": "a"})
+    new = TelemetryClient(actor, begin(actor)[0])
+    old.announce({"kind": "late"})
+    new.announce({"kind": "b"})
+    assert ray.get(actor.take.remote()) == ([{"kind": "a"}, {"kind": "b"}], 2, 2, 0)
+    assert ray.get(actor.take.remote())[0] == []
+
+
+def test_failures_in_a_row_count_until_a_new_step_is_reached(actor):
+    assert [begin(actor)[1] for _ in range(3)] == [0, 1, 2]
+    ray.get(actor.progress.remote(3, 5))
+    assert begin(actor)[1] == 1
+    ray.get(actor.progress.remote(4, 5))  # as far as before
+    assert begin(actor)[1] == 2
+    ray.get(actor.ask.remote(Wish.RESIZE))
+    assert begin(actor)[1] == 2
+
+
+def test_a_wish_is_heard_and_only_stop_survives_a_new_life(actor):
+    client = TelemetryClient(actor, begin(actor)[0])
+    assert client.wish() == Wish.NONE
+    ray.get(actor.ask.remote(Wish.RESIZE))
+    client.progress(1)
     ray.get(client.replies)
-    assert ray.get(actor.take.remote()) == [{"kind": "a", "step": 1}, {"kind": "b", "step": 2}]
-    assert ray.get(actor.take.remote()) == []
-    assert not client.stop_asked()
-    ray.get(actor.request_stop.remote())
-    client.announce({"kind": "c"})
-    ray.get(client.replies)  # the answers are here now
-    assert client.stop_asked()
-    assert client.stop_asked()  # and it stays so
+    assert client.wish() == Wish.RESIZE
+    begin(actor)
+    assert ray.get(actor.progress.remote(2, 2)) == Wish.NONE
+    ray.get(actor.ask.remote(Wish.STOP))
+    begin(actor)
+    assert ray.get(actor.progress.remote(3, 3)) == Wish.STOP
+
+
+def test_the_kept_state_comes_back_to_the_bit(actor):
+    client = TelemetryClient(actor, begin(actor)[0])
+    assert client.kept() is None
+    tensors = {"step": torch.tensor(7), "rows": torch.randn(3, 2).to(torch.bfloat16)}
+    client.keep(tensors, {"images_seen": 56})
+    client.close()
+    kept = client.kept()
+    assert kept and (kept[0], kept[2]) == (7, {"images_seen": 56})
+    restored = unpack(ray.get(kept[1][0]))
+    assert all(torch.equal(value, restored[name]) for name, value in tensors.items())
+
+
+def test_a_checkpoint_waits_for_its_metrics(actor):
+    client = TelemetryClient(actor, begin(actor)[0])
+    client.announce({"kind": "metrics"})
+    _, announced, _, _ = ray.get(actor.take.remote())
+    assert ray.get(actor.counts.remote()) == (1, 0)
+    ray.get(actor.confirm.remote(announced))
+    client.wait_recorded(1)
+    assert ray.get(actor.counts.remote()) == (1, 1)

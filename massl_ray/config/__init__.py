@@ -4,7 +4,7 @@
 that depends on the size of the data set. Nothing else in the package computes a setting.
 """
 
-from massl_ray.config.loading import keys, load, presets, read_toml, to_toml, validate
+from massl_ray.config.loading import decided_as, keys, load, parse_toml, presets, read_toml, to_toml, validate
 from massl_ray.config.resolve import Resolved, fill, resolve
 from massl_ray.config.schema import Config, HeadSection, ModelSection, MonitorSection, ViewsSection
 
@@ -15,9 +15,11 @@ __all__ = [
     "MonitorSection",
     "Resolved",
     "ViewsSection",
+    "decided_as",
     "fill",
     "keys",
     "load",
+    "parse_toml",
     "presets",
     "read_toml",
     "resolve",

@@ -65,11 +65,19 @@ def read_preset(name: str) -> dict[str, Any]:
 
 def read_toml(path: Path) -> dict[str, Any]:
     try:
-        return tomllib.loads(path.read_text())
+        return parse_toml(path.read_text(), str(path))
     except OSError as error:
         raise UserError(f"The configuration file {path} cannot be read: {error.strerror}.") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except UnicodeDecodeError as error:
         raise UserError(f"{path} is not valid TOML: {error}.") from None
+
+
+def parse_toml(text: str, name: str) -> dict[str, Any]:
+    """`name` says in messages where the text is from."""
+    try:
+        return tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise UserError(f"{name} is not valid TOML: {error}.") from None
 
 
 def to_toml(config: Config) -> str:
@@ -81,6 +89,16 @@ def to_toml(config: Config) -> str:
         lines += [f"{key} = {_toml_value(value)}" for key, value in values.items() if value is not None]
         lines.append("")
     return "\n".join(lines)
+
+
+def decided_as(earlier: Config, config: Config) -> Config:
+    """`config` with every 'auto' as the earlier start of the same run decided it."""
+    before = earlier.model_dump()
+    decided = {
+        section: {key: before[section][key] for key, value in values.items() if value == "auto" and section != "elastic"}
+        for section, values in config.model_dump().items()
+    }
+    return validate(merge(config.model_dump(), decided))
 
 
 def keys(config: Config) -> dict[str, Any]:

@@ -175,7 +175,7 @@ class TrainSection(Section):
 
 
 class CheckpointSection(Section):
-    """Which checkpoints stay."""
+    """Which checkpoints stay. The one with the best k-NN accuracy always does."""
 
     keep: Annotated[int, Field(ge=1)] = 2
     """How many of the latest checkpoints are kept."""
@@ -206,14 +206,22 @@ class MonitorSection(Section):
 
 
 class ElasticSection(Section):
-    """How many workers."""
+    """How many workers, and what becomes of the run when machines come and go."""
 
     min_workers: Annotated[int, Field(ge=1)] = 1
     """Fewest workers to train with."""
     max_workers: Annotated[int, Field(ge=1)] | Auto = "auto"
     """Most workers. auto: one a GPU; without GPUs one a node, leaving at least half of the CPUs to Ray Data."""
+    exact: bool = True
+    """Sum over micro-batches in one fixed order, so that the result is the same, bit for bit, at any number of workers.
+    false: DistributedDataParallel's order, equal within rounding."""
+    max_lost_seconds: Positive = 30.0
+    """A machine that vanishes costs at most this much training, in seconds: so often a copy of the state goes to the head node."""
+    timeout_seconds: Annotated[float, Field(ge=10)] = 600.0
+    """Seconds that workers wait for one that says nothing any more, before they start again without it."""
     max_failures: Annotated[int, Field(ge=0)] = 8
-    """Worker failures (preemptions not counted) after which the run gives up."""
+    """Failures in a row, without a new step between them, after which the run gives up. Machines that leave after a notice
+    and resizes do not count."""
 
 
 class Config(BaseSettings):

@@ -28,10 +28,14 @@ PICTURES = {
 FOLDERS = {"skimage": "data", "sklearn": "datasets/images"}
 
 
+def cache_folder() -> Path:
+    """What this machine keeps between runs. MASSL_RAY_CACHE moves it from ~/.cache/massl-ray."""
+    return Path(os.environ.get("MASSL_RAY_CACHE", "~/.cache/massl-ray")).expanduser()
+
+
 def demo_folder(part: str) -> Path:
-    """The folder of tiles, `train` or `test`, cut on first use. MASSL_RAY_CACHE moves it from ~/.cache/massl-ray."""
-    cache = Path(os.environ.get("MASSL_RAY_CACHE", "~/.cache/massl-ray")).expanduser()
-    folder = cache / f"demo-tiles-{VERSION}"
+    """The folder of tiles, `train` or `test`, cut on first use."""
+    folder = cache_folder() / f"demo-tiles-{VERSION}"
     if not folder.is_dir():
         _cut_all(folder)
     return folder / part

@@ -13,7 +13,7 @@ class RunningStatistics:
         buffers = [buffer for buffer in module.buffers() if buffer.is_floating_point()]
         self.buffers: list[Tensor] = [buffer for buffer in buffers if buffer.numel()]
         self.before = [buffer.clone() for buffer in self.buffers]
-        self.sums = [torch.zeros_like(buffer) for buffer in self.buffers]
+        self.after: list[Tensor] = []  # a row (n,) a micro-batch
         named = [(name, buffer) for name, buffer in module.named_buffers() if not buffer.is_floating_point()]
         self.counters = [buffer for name, buffer in named if name.endswith("num_batches_tracked")]
         self.counts = [buffer.clone() for buffer in self.counters]
@@ -21,18 +21,18 @@ class RunningStatistics:
     @torch.no_grad()
     def after_micro_batch(self) -> None:
         if self.buffers:
-            torch._foreach_add_(self.sums, self.buffers)
+            self.after.append(torch.cat([buffer.flatten() for buffer in self.buffers]))
             torch._foreach_copy_(self.buffers, self.before)
         if self.counters:
             torch._foreach_copy_(self.counters, self.counts)
 
     @torch.no_grad()
     def finish(self, num_micro_batches: int, total: Callable[[Tensor], Tensor]) -> None:
-        """`total` sums a flat tensor over workers; `num_micro_batches` counts those of all workers."""
+        """`total` sums rows, one a micro-batch, over all workers; `num_micro_batches` counts those of all workers."""
         if self.counters:
             torch._foreach_add_(self.counters, 1)  # a step counts as one batch, however many micro-batches a worker had
         if not self.buffers:
             return
-        flat = total(torch.cat([value.flatten() for value in self.sums])) / num_micro_batches
+        flat = total(torch.stack(self.after)) / num_micro_batches
         pieces = flat.split([buffer.numel() for buffer in self.buffers])
         torch._foreach_copy_(self.buffers, [piece.view_as(buffer) for piece, buffer in zip(pieces, self.buffers, strict=True)])

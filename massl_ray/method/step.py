@@ -69,16 +69,17 @@ class Collectives(Protocol):
         """Start gathering each worker's rows; the result waits and returns all of them in batch order."""
         ...
 
-    def total(self, values: Tensor) -> Tensor:
-        """Sum over workers, the same on each."""
+    def total(self, rows: Tensor) -> Tensor:
+        """Sum over the micro-batches of all workers, (n,), the same on each, of one row a micro-batch, (m, n)."""
         ...
 
-    def accumulate(self, replica: nn.Module, last: bool) -> AbstractContextManager:
-        """Around a backward pass: gradients are averaged over workers after the last one only."""
+    def micro_batch(self, replica: nn.Module, last: bool) -> AbstractContextManager:
+        """Around the forward and backward pass of one micro-batch, in batch order."""
         ...
 
-    @property
-    def world_size(self) -> int: ...
+    def finish_gradients(self, student: nn.Module) -> None:
+        """After the last micro-batch: leaves in every `.grad` the sum over the micro-batches of all workers."""
+        ...
 
 
 METRICS = (
@@ -107,10 +108,10 @@ def train_step(state: State, batch: Batch, schedule: Schedule, settings: StepSet
     second_global = torch.cat([rows.chunk(2)[1] for rows in targets])
     gathered = collectives.start_gather(second_global)
 
-    sums = torch.zeros(5, device=settings.device, dtype=targets[0].dtype)
+    figures = []
     state.optimizer.zero_grad(set_to_none=True)
     for i, (micro, groups, target) in enumerate(zip(batch.micro_batches, views, targets, strict=True)):
-        with collectives.accumulate(state.replica, last=i == len(views) - 1):
+        with collectives.micro_batch(state.replica, last=i == len(views) - 1):
             with _autocast(settings):
                 embeddings = state.replica(groups, micro.drop_path)
             read = readout_loss(
@@ -125,11 +126,11 @@ def train_step(state: State, batch: Batch, schedule: Schedule, settings: StepSet
             )
             spread = _koleo(embeddings, len(target) // 2) if settings.koleo_weight else torch.zeros_like(read.loss)
             loss = read.loss + settings.koleo_weight * spread
-            # Gradients are averaged over workers, whose shares may differ: weigh by the micro-batches of all.
-            (loss * (collectives.world_size / batch.num_micro_batches)).backward()
+            (loss / batch.num_micro_batches).backward()
         student_statistics.after_micro_batch()
-        sums += torch.stack([loss.detach(), read.teacher_entropy, read.student_entropy, read.agreement, spread.detach()])
+        figures.append(torch.stack([loss.detach(), read.teacher_entropy, read.student_entropy, read.agreement, spread.detach()]))
 
+    collectives.finish_gradients(state.student)
     norms = clip_per_parameter(state.student.parameters(), settings.clip_norm)
     set_schedule(state.optimizer, schedule.lr, schedule.weight_decay)
     state.optimizer.step()
@@ -139,7 +140,7 @@ def train_step(state: State, batch: Batch, schedule: Schedule, settings: StepSet
     newest = gathered()
     state.memory.write(newest)
     state.step += 1
-    means = collectives.total(sums) / batch.num_micro_batches
+    means = collectives.total(torch.stack(figures)) / batch.num_micro_batches
     return torch.cat([means, embedding_spread(newest), norms.norm().to(means.dtype).unsqueeze(0)])
 
 

@@ -8,14 +8,12 @@ from typing import Any
 import numpy as np
 import ray.data
 import torch
-from PIL import Image
 from ray.data import DataContext, ExecutionOptions, ExecutionResources
+from ray.data._internal.datasource.range_datasource import RangeDatasource
 
-from massl_ray.config import ViewsSection
-from massl_ray.data.decode import UNREADABLE, read, reason
-from massl_ray.data.order import samples_at, worker_share
-from massl_ray.data.sources import Listing
-from massl_ray.method.views import make_views
+from massl_ray.data.making import ViewMaker
+from massl_ray.data.order import worker_share
+from massl_ray.on_ray.layout import DATA_TASK_CPUS
 from massl_ray.training.loop import Views
 from massl_ray.training.run import Run
 
@@ -23,10 +21,10 @@ TASKS = 2000  # tasks a dataset is made of; a longer run is a chain of datasets
 ROWS = 64  # images a task makes views of, at most
 
 
-def stream_views(run: Run, rank: int, world_size: int, start_step: int, cpus: float) -> Iterator[Views]:
+def stream_views(run: Run, rank: int, world_size: int, start_step: int, tasks: int) -> Iterator[Views]:
     """Views of this worker's share of each step's batch, from `start_step` to the end of the run.
 
-    `cpus` bounds the tasks that run at once for this worker. What comes out depends on (configuration, images, step, share)
+    `tasks` bounds those that run at once for this worker. What comes out depends on (configuration, images, step, share)
     only, so a restart at any step and any number of workers continues with the very next sample.
     """
     first, last = (edge * run.resolved.micro_batch_size for edge in worker_share(rank, world_size, run.resolved.num_micro_batches))
@@ -36,7 +34,7 @@ def stream_views(run: Run, rank: int, world_size: int, start_step: int, cpus: fl
     for begin in range(start_step, run.resolved.steps, steps_at_once):
         end = min(begin + steps_at_once, run.resolved.steps)
         make = ViewMaker(run.images, run.config.views, run.config.run.seed, run.resolved.batch_size, begin, first, share)
-        dataset = _dataset(make, (end - begin) * share, task_rows, cpus)
+        dataset = _dataset(make, (end - begin) * share, task_rows, tasks)
         for rows in dataset.iter_batches(batch_size=share, batch_format="numpy", prefetch_batches=2):
             yield _to_views(rows)  # type: ignore[arg-type]
 
@@ -52,52 +50,21 @@ def start_now(stream: Iterator[Views]) -> Iterator[Views]:
     return views()
 
 
-class ViewMaker:
-    """From row numbers to views; runs in Ray Data's tasks."""
-
-    def __init__(self, images: Listing, config: ViewsSection, seed: int, batch_size: int, start_step: int, first: int, share: int):
-        self.images, self.config, self.seed = images, config, seed
-        self.batch_size, self.start_step, self.first, self.share = batch_size, start_step, first, share
-
-    def __call__(self, rows: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        step, place = np.divmod(rows["id"], self.share)
-        positions = (step + self.start_step) * self.batch_size + self.first + place
-        epochs, samples = samples_at(positions, len(self.images), self.seed)
-        made = [self._views(int(epoch), int(sample)) for epoch, sample in zip(epochs, samples, strict=True)]
-        return {
-            "global_views": np.stack([global_views for global_views, _, _ in made]),
-            "local_views": np.stack([local_views for _, local_views, _ in made]),
-            "skipped": np.array(["\0".join(skipped) for _, _, skipped in made]),
-        }
-
-    def _views(self, epoch: int, sample: int) -> tuple[np.ndarray, np.ndarray, list[str]]:
-        image, skipped = read_or_next(self.images, sample)
-        global_views, local_views = make_views(image, self.config, seed=self.seed, epoch=epoch, sample=sample)
-        return global_views, local_views, skipped
-
-
-def read_or_next(images: Listing, sample: int) -> tuple[Image.Image, list[str]]:
-    """The image at `sample`, or where it cannot be read the next readable one of the listing: a rule that depends on the
-    files only. Also returns what was passed over, as "path: reason"."""
-    skipped: list[str] = []
-    for offset in range(len(images)):
-        path = images.path((sample + offset) % len(images))
-        try:
-            return read(path), skipped
-        except UNREADABLE as error:
-            skipped.append(f"{path}: {reason(error)}")
-    raise ValueError(f"none of the {len(images)} images in {images.root} can be read any more")
-
-
-def _dataset(make: Any, rows: int, task_rows: int, cpus: float) -> ray.data.Dataset:
+def _dataset(make: Any, rows: int, task_rows: int, tasks: int) -> ray.data.Dataset:
     context = DataContext.get_current().copy()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
-    context.execution_options = ExecutionOptions(preserve_order=True, resource_limits=ExecutionResources(cpu=cpus))
+    context.raise_original_map_exception = True
+    context.execution_options = ExecutionOptions(
+        preserve_order=True, resource_limits=ExecutionResources(cpu=tasks * DATA_TASK_CPUS)
+    )
     with DataContext.current(context):
-        return ray.data.range(rows, override_num_blocks=rows // task_rows).map_batches(
-            make, batch_size=task_rows, batch_format="numpy"
+        numbers = ray.data.read_datasource(  # ray.data.range would reserve a whole CPU a task
+            RangeDatasource(rows, block_format="arrow", column_name="id"),
+            override_num_blocks=rows // task_rows,
+            num_cpus=DATA_TASK_CPUS,
         )
+        return numbers.map_batches(make, batch_size=task_rows, batch_format="numpy", num_cpus=DATA_TASK_CPUS)
 
 
 def _to_views(rows: dict[str, np.ndarray]) -> Views:

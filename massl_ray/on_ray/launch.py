@@ -5,28 +5,25 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import ray
 import ray.train
-import ray.train.torch
+from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
-from massl_ray.config import Config
-from massl_ray.on_ray.telemetry import start_telemetry
+from massl_ray.on_ray.knobs import HEAD, RESIZE_TIMER_S, set_knobs
+from massl_ray.on_ray.layout import plan_layout
+from massl_ray.on_ray.supervisor import Supervisor
+from massl_ray.on_ray.telemetry import start_telemetry, unpack
 from massl_ray.on_ray.worker import train_worker
+from massl_ray.training.checkpoint import list_checkpoints, write_checkpoint
 from massl_ray.training.loop import Outcome
 from massl_ray.training.run import Run
+from massl_ray.training.wish import Wish
 
 POLL_S = 0.2  # between looks at the news
 STOP_S = 60.0  # for the last checkpoint after Ctrl-C or SIGTERM, before workers are ended
-
-QUIET = {
-    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
-    "RAY_CHDIR_TO_TRIAL_DIR": "0",
-    "RAY_TRAIN_METRICS_ENABLED": "0",
-    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-    "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
-}
 
 
 class Stopped(Exception):
@@ -40,89 +37,89 @@ class Stopped(Exception):
 @contextmanager
 def cluster() -> Iterator[None]:
     """The cluster that RAY_ADDRESS names (a Ray job sets it), or one of our own on this machine for as long as this lasts."""
-    for name, value in QUIET.items():
-        os.environ.setdefault(name, value)
+    set_knobs()
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
     if os.environ.get("RAY_ADDRESS"):
         ray.init(**quiet)
     else:
         # A private cluster on loopback needs no token, and writing one would lock `ray job` out of a later `ray start`.
         os.environ.setdefault("RAY_AUTH_MODE", "disabled")
-        ray.init(address="local", include_dashboard=False, **quiet)
+        ray.init(address="local", include_dashboard=False, _system_config=HEAD, **quiet)
     try:
         yield
     finally:
         ray.shutdown()
 
 
-def run_workers(run: Run, follow: Callable[[dict[str, Any]], None]) -> Outcome:
-    """Train on the cluster at hand, handing every event to `follow` as it comes. Blocks until the run is over.
+def run_workers(run: Run, follow: Callable[[dict[str, Any]], None], *, stock: bool = False) -> Outcome:
+    """Train on the cluster at hand, handing every event to `follow` as it comes. Blocks until the run is over. `stock` leaves
+    resizing to Ray Train, to compare with.
 
     Ctrl-C and SIGTERM ask for a last checkpoint first; a second one, or STOP_S seconds, ends the workers.
 
     Raises:
-        ray.train.TrainingFailedError: workers failed more often than elastic.max_failures allows.
-        Stopped: ended by a signal without a last checkpoint.
+        ray.train.TrainingFailedError: Ray Train itself failed; workers that fail are started again.
+        Stopped: ended by a signal.
     """
     telemetry = start_telemetry()
-    layout = worker_layout(run.config, run.resolved.num_micro_batches)
-    arguments = {"run": run, "telemetry": telemetry, "use_gpu": layout["use_gpu"], "data_cpus": layout["data_cpus"]}
-    trainer = ray.train.torch.TorchTrainer(
-        train_worker,
-        train_loop_config=arguments,
-        scaling_config=ray.train.ScalingConfig(
-            num_workers=layout["num_workers"],
-            use_gpu=layout["use_gpu"],
-            resources_per_worker=layout["resources_per_worker"],
-        ),
-        run_config=ray.train.RunConfig(
-            name=".ray",
-            storage_path=str(run.dir),
-            failure_config=ray.train.FailureConfig(max_failures=run.config.elastic.max_failures),
-        ),
-    )
-    training = _InBackground(trainer.fit)  # Ray takes Ctrl-C for itself in a main thread
-    with _signals() as received:
-        asked_at = None
-        while not training.wait(POLL_S):
-            for event in ray.get(telemetry.take.remote()):
-                follow(event)
-            if received and asked_at is None:
-                asked_at = 0.0
-                telemetry.request_stop.remote()
-                follow({"kind": "stopping"})
-            asked_at = None if asked_at is None else asked_at + POLL_S
-            if len(received) > 1 or (asked_at or 0.0) > STOP_S:
-                raise Stopped(received[0])
-        for event in ray.get(telemetry.take.remote()):
+    layout = plan_layout(run.config, run.resolved.num_micro_batches)
+    supervisor = Supervisor(layout, telemetry, follow)
+
+    def news() -> None:
+        events, announced, life, step = ray.get(telemetry.take.remote())
+        for event in events:
+            supervisor.follow(event)
             follow(event)
-        outcome = Outcome(**training.result().return_value)
+        supervisor.progress(life, step)
+        follow({"kind": "progress", "life": life, "step": step})
+        telemetry.confirm.remote(announced)
+
+    with TemporaryDirectory(prefix="massl-ray-") as scratch, _signals() as received:
+        trainer = DataParallelTrainer(
+            train_worker,
+            train_loop_config={"run": [ray.put(run)], "telemetry": telemetry, "layout": layout},  # in a list it stays packed
+            scaling_config=ray.train.ScalingConfig(
+                num_workers=layout.max_workers
+                if layout.max_workers == layout.min_workers
+                else (layout.min_workers, layout.max_workers),
+                use_gpu=layout.use_gpu,
+                resources_per_worker=dict(layout.per_worker),
+                elastic_resize_monitor_interval_s=60.0 if stock else RESIZE_TIMER_S,
+            ),
+            # Checkpoints are ours, not Ray's, and so is the count of failures: Ray would count resizes, too.
+            run_config=ray.train.RunConfig(
+                name="train", storage_path=scratch, failure_config=ray.train.FailureConfig(max_failures=-1)
+            ),
+        )
+        training = _InBackground(trainer.fit)  # Ray takes Ctrl-C for itself in a main thread
+        asked_at = None
+        try:
+            while not training.wait(POLL_S):
+                news()
+                if not stock:
+                    supervisor.look()
+                if received and asked_at is None:
+                    asked_at = 0.0
+                    telemetry.ask.remote(Wish.STOP)
+                    follow({"kind": "stopping"})
+                asked_at = None if asked_at is None else asked_at + POLL_S
+                if len(received) > 1 or (asked_at or 0.0) > STOP_S:
+                    raise Stopped(received[0])
+            news()
+            outcome = Outcome(**training.result().return_value)
+        finally:
+            _save_kept(run, telemetry)
         if outcome.status == "stopped":
             raise Stopped(received[0]) if received else RuntimeError("a run stopped that nobody asked to")
         return outcome
 
 
-def worker_layout(config: Config, num_micro_batches: int) -> dict[str, Any]:
-    """How many workers, what each reserves, and the CPUs that remain for Ray Data.
-
-    With GPUs: one worker and one CPU a GPU, all other CPUs for Ray Data. Without: one worker a node (a worker computes with
-    train.threads threads), and at least half of the CPUs stay with Ray Data.
-    """
-    resources = ray.cluster_resources()
-    gpus, cpus = int(resources.get("GPU", 0)), resources.get("CPU", 1.0)
-    use_gpu = config.train.device == "cuda" or (config.train.device == "auto" and gpus > 0)
-    nodes = sum(node["Alive"] for node in ray.nodes())
-    threads = config.train.threads
-    default = gpus if use_gpu else min(nodes, int(cpus // (2 * threads)))
-    most = max(1, default) if config.elastic.max_workers == "auto" else config.elastic.max_workers
-    most = max(config.elastic.min_workers, min(most, num_micro_batches))
-    reserved = 1.0 if use_gpu else float(min(threads, max(1, cpus // 2)))
-    return {
-        "num_workers": most if most == config.elastic.min_workers else (config.elastic.min_workers, most),
-        "use_gpu": use_gpu,
-        "resources_per_worker": {"CPU": reserved} | ({"GPU": 1.0} if use_gpu else {}),
-        "data_cpus": max(1.0, cpus - most * reserved),
-    }
+def _save_kept(run: Run, telemetry: Any) -> None:
+    """However the workers ended: if the copy of the state is newer than the last checkpoint, write it down."""
+    kept = ray.get(telemetry.kept_state.remote())
+    written = [int(checkpoint.name.removeprefix("step_")) for checkpoint in list_checkpoints(run.checkpoints)]
+    if kept and kept[0] > max(written, default=-1):
+        write_checkpoint(run.checkpoints, unpack(ray.get(kept[1][0])), kept[2], run.config.checkpoint.keep)
 
 
 class _InBackground:

@@ -1,49 +1,166 @@
-"""News between the workers and the command that started them."""
+"""News between the workers and the command that started them, and the copy of the state that outlives a worker's machine.
 
-from typing import Any
+The actor runs on the command's own machine: where that goes, the whole cluster goes.
+"""
 
+import time
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
 import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from massl_ray.training.wish import Wish
+
+if TYPE_CHECKING:  # torch is imported where tensors come or go: the actor itself starts without
+    from torch import Tensor
+
+CONFIRM_S = 60.0  # that a checkpoint waits for the metrics of its steps to be on disk
 
 
 class Telemetry:
-    """Holds what workers announced until the console takes it, and the wish to stop until a worker hears of it."""
+    """Holds what workers announced until the command takes it, its wish until a worker hears of it, and the newest state.
+
+    Every start of the workers is a life; what reaches the actor from an earlier life than the current one no longer counts.
+    """
 
     def __init__(self) -> None:
+        self.life = 0
         self.events: list[dict[str, Any]] = []
-        self.stop = False
+        self.announced = self.confirmed = 0
+        self.wish = Wish.NONE
+        self.step = self.furthest = 0
+        self.failures = 0
+        self.planned = True  # the next life begins because somebody wished it
+        self.kept: tuple[int, Any, dict[str, Any]] | None = None
+        self.spare: dict[str, list[Any]] = {}  # engines that wait, by node
+        self.taken: list[Any] = []
 
-    def announce(self, event: dict[str, Any]) -> bool:
-        """Leave an event; returns whether the run was asked to stop."""
-        self.events.append(event)
-        return self.stop
+    def begin(self) -> tuple[int, int]:
+        """A new life: returns its number, and how many lives ended in failure since a step was reached for the first time."""
+        for engine in self.taken:
+            ray.kill(engine)
+        self.taken = []
+        self.step = 0
+        self.life += 1
+        self.failures += not self.planned
+        self.planned = False
+        self.step = 0
+        self.wish = Wish.STOP if self.wish == Wish.STOP else Wish.NONE
+        return self.life, self.failures
 
-    def take(self) -> list[dict[str, Any]]:
+    def offer_engine(self, node: str, engine: Any) -> None:
+        self.spare.setdefault(node, []).append(engine)
+
+    def take_engine(self, node: str) -> Any:
+        """An engine that waits on that machine, or None. It is ended with the life that takes it."""
+        engines = self.spare.get(node)
+        if not engines:
+            return None
+        self.taken.append(engines.pop(0))
+        return self.taken[-1]
+
+    def announce(self, life: int, event: dict[str, Any]) -> None:
+        if life == self.life:
+            self.events.append(event)
+            self.announced += 1
+
+    def progress(self, life: int, step: int) -> Wish:
+        """A step is done; returns the wish. One to save is fulfilled once it was heard; the others stay until they are."""
+        wish = self.wish
+        if life == self.life:
+            self.step = step
+            if step > self.furthest:
+                self.furthest, self.failures = step, 0
+            if wish == Wish.SAVE:
+                self.wish = Wish.NONE
+        return wish
+
+    def ask(self, wish: Wish) -> None:
+        """From the command to the workers. What was asked for as a resize is no failure when it comes."""
+        self.wish = max(self.wish, wish) if wish else wish
+        self.planned = self.planned or wish == Wish.RESIZE
+
+    def take(self) -> tuple[list[dict[str, Any]], int, int, int]:
+        """New events, how many there ever were, the current life and its last step."""
         taken, self.events = self.events, []
-        return taken
+        return taken, self.announced, self.life, self.step
 
-    def request_stop(self) -> None:
-        self.stop = True
+    def confirm(self, announced: int) -> None:
+        self.confirmed = announced
+
+    def counts(self) -> tuple[int, int]:
+        return self.announced, self.confirmed
+
+    def keep(self, life: int, step: int, state: np.ndarray, facts: dict[str, Any]) -> None:
+        """Take over a copy of the state; it is this actor's own, since an object dies with the worker that made it."""
+        if life == self.life:
+            self.kept = step, ray.put(state), facts
+
+    def kept_state(self) -> tuple[int, list[Any], dict[str, Any]] | None:
+        """Step, reference (in a list, so that it travels as one) and facts."""
+        return self.kept and (self.kept[0], [self.kept[1]], self.kept[2])
 
 
 def start_telemetry() -> Any:
-    """Start the actor that holds the news of one run."""
-    return ray.remote(num_cpus=0)(Telemetry).remote()
+    """Start the actor that holds the news of one run, on this machine."""
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    return ray.remote(num_cpus=0)(Telemetry).options(scheduling_strategy=here).remote()
 
 
 class TelemetryClient:
-    """A worker's side: announces without waiting, and remembers the answers that came."""
+    """A worker's side."""
 
-    def __init__(self, actor: Any):
-        self.actor = actor
+    def __init__(self, actor: Any, life: int):
+        self.actor, self.life = actor, life
         self.replies: list[Any] = []
-        self.stopped = False
+        self.wished = Wish.NONE
+        self.sender = ThreadPoolExecutor(1)
 
     def announce(self, event: dict[str, Any]) -> None:
-        self.replies.append(self.actor.announce.remote(event))
+        self.actor.announce.remote(self.life, event)
 
-    def stop_asked(self) -> bool:
-        """Whether any answer so far said stop. Asks again, so the answer is at most one look old."""
-        self.announce({"kind": "alive"})
-        done, self.replies = ray.wait(self.replies, num_returns=len(self.replies), timeout=0.0)
-        self.stopped = self.stopped or any(ray.get(done))
-        return self.stopped
+    def progress(self, step: int) -> None:
+        self.replies.append(self.actor.progress.remote(self.life, step))
+
+    def wish(self) -> Wish:
+        """The last wish that came back; at most a step or two old."""
+        if self.replies:
+            done, self.replies = ray.wait(self.replies, num_returns=len(self.replies), timeout=0.0)
+            if done:
+                self.wished = max(map(Wish, ray.get(done)))
+        return self.wished
+
+    def keep(self, tensors: "dict[str, Tensor]", facts: dict[str, Any]) -> None:
+        self.sender.submit(self._send, tensors, facts)
+
+    def _send(self, tensors: "dict[str, Tensor]", facts: dict[str, Any]) -> None:
+        import safetensors.torch
+
+        state = np.frombuffer(safetensors.torch.save(tensors), dtype=np.uint8)
+        ray.get(self.actor.keep.remote(self.life, int(tensors["step"]), state, facts))
+
+    def kept(self) -> tuple[int, list[Any], dict[str, Any]] | None:
+        return ray.get(self.actor.kept_state.remote())
+
+    def wait_recorded(self, step: int) -> None:
+        """Until all that was announced so far is on disk. Raises TimeoutError after CONFIRM_S."""
+        announced, confirmed = ray.get(self.actor.counts.remote())
+        deadline = time.monotonic() + CONFIRM_S
+        while confirmed < announced:
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"the metrics up to step {step} were not written within {CONFIRM_S:.0f} s")
+            time.sleep(0.05)
+            confirmed = ray.get(self.actor.counts.remote())[1]
+
+    def close(self) -> None:
+        """Wait until the last state handed to `keep` has arrived."""
+        self.sender.shutdown()
+
+
+def unpack(state: np.ndarray) -> "dict[str, Tensor]":
+    """The tensors of a kept state."""
+    import safetensors.torch
+
+    return safetensors.torch.load(state.tobytes())

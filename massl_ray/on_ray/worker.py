@@ -1,66 +1,49 @@
-"""One training worker: what Ray Train calls on every rank, again after each resize."""
+"""What Ray Train calls on every rank, again after each resize: find an engine on this machine and have it train.
 
-import time
-import warnings
-from typing import Any
+Ray Train starts this process anew each time, so it imports nothing that is slow; the engine has done so beforehand.
+"""
 
+from typing import Any, cast
+
+import ray
 import ray.train
-import ray.train.torch
-import torch
-import torch.distributed as dist
+from ray.train.collective import broadcast_from_rank_zero
 
-from massl_ray.method.step import State
-from massl_ray.on_ray.ingest import start_now, stream_views
-from massl_ray.on_ray.telemetry import TelemetryClient
-from massl_ray.reporting.recorder import RunRecorder, Silent
-from massl_ray.training.checkpoint import read_latest
-from massl_ray.training.collectives import Distributed, Local
-from massl_ray.training.loop import train
-from massl_ray.training.rehearsal import rehearse
-from massl_ray.training.run import Run
-from massl_ray.training.state import build_state, from_tensors
+from massl_ray.on_ray.engine import start_engine
+
+
+class Resize(Exception):
+    """Raised on every worker to have Ray Train start them again with the machines there are now. The state is kept."""
 
 
 def train_worker(arguments: dict[str, Any]) -> dict[str, Any]:
-    """Build the state or read the latest checkpoint, then train. Returns the Outcome as a dict; the same on every rank."""
-    run: Run = arguments["run"]
-    config = run.config
-    torch.set_num_threads(config.train.threads)
+    """One life of one worker. Returns the Outcome as a dict; the same on every rank."""
+    telemetry, layout = arguments["telemetry"], arguments["layout"]
     rank, world_size = ray.train.get_context().get_world_rank(), ray.train.get_context().get_world_size()
-    telemetry = TelemetryClient(arguments["telemetry"])
-    device = ray.train.torch.get_device() if arguments["use_gpu"] else torch.device("cpu")
-    collectives = (
-        Distributed(run.resolved.num_micro_batches, run.resolved.micro_batch_size)
-        if dist.is_initialized() and world_size > 1
-        else Local()
-    )
+    node = ray.get_runtime_context().get_node_id()
 
-    state = build_state(config, run.resolved, device, collectives)
-    with warnings.catch_warnings(record=True) as damaged:
-        warnings.simplefilter("always")
-        stored = read_latest(run.checkpoints)
-    if stored:
-        from_tensors(state, stored[0])
-    views = start_now(stream_views(run, rank, world_size, state.step, arguments["data_cpus"] / world_size))
-    step_s = rehearse(run, state, collectives)
-    recorder = Silent(telemetry.announce)
+    def take() -> Any:
+        return ray.get(telemetry.take_engine.remote(node)) or start_engine(node)
+
+    meeting: Any = None
+    engine: Any = None
     if rank == 0:
-        recorder = RunRecorder(run, telemetry.announce, telemetry.stop_asked, state.step)
-        for warning in damaged:
-            telemetry.announce({"kind": "note", "text": str(warning.message)})
-        telemetry.announce(_started(run, state, world_size, device, step_s))
-
-    outcome = train(run, state, views, collectives, recorder)
-    return {"status": outcome.status, "step": outcome.step, "message": outcome.message}
-
-
-def _started(run: Run, state: State, world_size: int, device: torch.device, step_s: float) -> dict[str, Any]:
-    return {
-        "kind": "started",
-        "at": time.time(),
-        "step": state.step,
-        "world_size": world_size,
-        "device": str(device),
-        "step_s": step_s,
-        "parameters": sum(parameter.numel() for parameter in state.student.backbone.parameters()),
-    }
+        begun = ray.get(telemetry.begin.remote())  # before an engine is taken: it ends those of the life before
+        engine = take()
+        meeting = (*begun, ray.get(engine.address.remote()))
+    life, failures, address = cast(Any, broadcast_from_rank_zero(meeting))
+    engine = engine or take()
+    place = {"rank": rank, "world_size": world_size, "address": address, "gpus": ray.get_gpu_ids() if layout.use_gpu else []}
+    try:
+        pid = ray.get(engine.pid.remote())
+        telemetry.announce.remote(life, {"kind": "placed", "rank": rank, "node": node, "pid": pid})
+        outcome: Any = ray.get(engine.live.remote(arguments["run"][0], telemetry, layout, life, failures, place))
+    except Exception as error:
+        cause = getattr(error, "cause", None) or error
+        telemetry.announce.remote(life, {"kind": "failure", "text": f"Worker {rank}: {type(cause).__name__}: {cause}"})
+        raise
+    finally:
+        ray.kill(engine)
+    if outcome["status"] == "resize":
+        raise Resize
+    return outcome

@@ -65,7 +65,8 @@ class Console:
             f"{config.model.backbone}, {event['parameters'] / 1e6:.1f} M parameters, {config.train.precision}"
         )
         again = f"Continuing after step {event['step']:,}. " if event["step"] else ""
-        self.say(f"Time      {again}About {duration(left * event['step_s'])} for {left:,} steps, evaluation not counted")
+        if event["step_s"] is not None:  # measured once
+            self.say(f"Time      {again}About {duration(left * event['step_s'])} for {left:,} steps, evaluation not counted")
         if self.rich.is_terminal and self.progress is None:
             self.progress = Progress(
                 BarColumn(20),
@@ -79,7 +80,7 @@ class Console:
             self.progress.start()
 
     def _on_metrics(self, event: dict[str, Any]) -> None:
-        line = event["line"]
+        line = event["lines"][-1]
         figures = f"epoch {line['epoch']:.1f}  loss {line['loss']:.3f}  {line['images_per_s']:.0f} images/s"
         figures += f"  data wait {line['data_wait']:.0%}"
         if self.knn:
@@ -102,6 +103,16 @@ class Console:
 
     def _on_note(self, event: dict[str, Any]) -> None:
         self.say(f"Note      {event['text']}")
+
+    def _on_failure(self, event: dict[str, Any]) -> None:
+        self.say(event["text"])
+
+    def _on_transition(self, event: dict[str, Any]) -> None:
+        if event["cause"] != "start":
+            self.say(
+                f"Workers   {event['from']} -> {event['to']} ({event['cause']}) after step {event['step']:,}; "
+                f"{event['seconds']:.1f} s until the next step, {event['steps_repeated']} steps repeated"
+            )
 
     def _on_stopping(self, event: dict[str, Any]) -> None:
         self.say("Stopping: the current step is finished and saved first. Once more ends at once.")

@@ -7,9 +7,10 @@ from typing import Any
 
 from massl_ray.training.checkpoint import list_checkpoints, read_manifest
 from massl_ray.training.run import write_json
+from massl_ray.training.storage import Place
 
 
-def write_summary(run_dir: Path, wall_s: float) -> dict[str, Any]:
+def write_summary(run_dir: Path, checkpoints: Place, wall_s: float) -> dict[str, Any]:
     """Gather and write summary.json; `wall_s` is this command's time in seconds."""
     lines = read_metrics(run_dir)
     last = lines[-1]
@@ -22,7 +23,7 @@ def write_summary(run_dir: Path, wall_s: float) -> dict[str, Any]:
         "knn_final": _knn(run_dir, f"step_{last['step']}"),
         "images_per_s": median(line["images_per_s"] for line in lines),
         "wall_s": wall_s,
-        "state_sha256": read_manifest(list_checkpoints(run_dir / "checkpoints")[-1])["state_sha256"],
+        "state_sha256": read_manifest(list_checkpoints(checkpoints)[-1])["state_sha256"],
     }
     write_json(run_dir / "summary.json", summary)
     return summary

@@ -17,6 +17,7 @@ from massl_ray.training.collectives import Distributed, Local
 from massl_ray.training.monitors import HealthMonitor
 from massl_ray.training.run import Run
 from massl_ray.training.state import step_settings
+from massl_ray.training.wish import Wish
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ class Views:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a run ended, the same on every worker: finished, stopped, collapsed, non_finite or unreadable."""
+    """How training ended, the same on every worker: finished, resize, stopped, collapsed, non_finite or unreadable."""
 
     status: str
     step: int
@@ -43,9 +44,11 @@ class Recorder(Protocol):
     def views(self, views: Views) -> None: ...
     def metrics(self, lines: list[dict[str, Any]]) -> None: ...
     def skipped(self, images: list[str]) -> None: ...
-    def checkpoint(self, state: State) -> None: ...
     def evaluate(self, state: State) -> None: ...
-    def stop_requested(self) -> bool: ...
+    def checkpoint(self, state: State) -> None: ...
+    def snapshot(self, state: State) -> None: ...
+    def step_done(self, state: State) -> None: ...
+    def wish(self) -> Wish: ...
 
 
 def train(run: Run, state: State, batches: Iterable[Views], collectives: Local | Distributed, recorder: Recorder) -> Outcome:
@@ -72,17 +75,17 @@ def train(run: Run, state: State, batches: Iterable[Views], collectives: Local |
             recorder.views(views)
         schedule = schedule_at(state.step, config, resolved)
         batch = assemble(run, state, views, collectives)
+        agreement = collectives.start_agreement(recorder.wish())
         metrics = train_step(state, batch, schedule, settings, collectives)
         pending.add(state.step, metrics, schedule, waited_s, views.skipped)
+        wish = Wish(agreement())
 
         last, save = state.step == resolved.steps, state.step % config.train.checkpoint_every == 0
-        evaluate = config.eval.knn_every and state.step % config.eval.knn_every == 0
-        if last or save or evaluate or state.step % config.train.log_every == 0:
+        evaluate = last or (config.eval.knn_every and state.step % config.eval.knn_every == 0)
+        if save or evaluate or wish or state.step % config.train.log_every == 0:
             lines = pending.flush()
             recorder.skipped(pending.skipped)
-            stop, newly_skipped = collectives.total(
-                torch.tensor([recorder.stop_requested(), len(pending.skipped)], dtype=torch.float64)
-            ).tolist()
+            newly_skipped = int(collectives.total(_counted(pending.skipped, batch, device)))
             pending.skipped = []
             recorder.metrics(lines)
             for line in lines:
@@ -92,13 +95,18 @@ def train(run: Run, state: State, batches: Iterable[Views], collectives: Local |
             enough = pending.images_tried >= min(resolved.dataset_size, 1000)  # a share of a few images says nothing
             if enough and skipped > config.data.max_skipped * pending.images_tried:
                 return Outcome("unreadable", state.step, _too_many_unreadable(run, skipped, pending.images_tried))
-            if last or save or stop:
-                recorder.checkpoint(state)
-            if last or evaluate:
+            if evaluate:
                 recorder.evaluate(state)
+            if save or evaluate or wish == Wish.STOP:
+                recorder.checkpoint(state)
+            elif wish:
+                recorder.snapshot(state)
             pending.restart_clock()
-            if stop and not last:
+            if wish == Wish.STOP and not last:
                 return Outcome("stopped", state.step, f"Stopped on request after step {state.step}, which is saved.")
+            if wish == Wish.RESIZE and not last:
+                return Outcome("resize", state.step)
+        recorder.step_done(state)
     return Outcome("finished", state.step)
 
 
@@ -172,6 +180,13 @@ class PendingMetrics:
     def restart_clock(self) -> None:
         """Leave what happened since the last flush (an evaluation, a start) out of the rates."""
         self.since = time.perf_counter()
+
+
+def _counted(skipped: list[str], batch: Batch, device: torch.device) -> Tensor:
+    """(m, 1): how many images this worker passed over, as a row a micro-batch."""
+    rows = torch.zeros(len(batch.micro_batches), 1, dtype=torch.float64, device=device)
+    rows[0] = len(skipped)
+    return rows
 
 
 def _too_many_unreadable(run: Run, skipped: float, tried: int) -> str:

@@ -1,6 +1,7 @@
 """A step without consequences, to warm up and to know beforehand how long a run will take."""
 
 import time
+from contextlib import nullcontext
 
 import torch
 
@@ -28,7 +29,7 @@ def rehearse(run: Run, state: State, collectives: Local | Distributed) -> float:
     for _ in range(2):
         started = time.perf_counter()
         with torch.autocast(settings.device.type, dtype=torch.bfloat16, enabled=settings.autocast is not None):
-            with collectives.accumulate(state.replica, last=False):
+            with getattr(state.replica, "no_sync", nullcontext)():
                 state.replica(groups).sum().backward()
             with torch.no_grad():
                 state.teacher(groups[:1])

@@ -1,27 +1,37 @@
 """A run before it starts: images found, settings resolved, directory claimed. Everything that can be refused is refused here."""
 
+import hashlib
 import json
 import os
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from massl_ray.config import Config, Resolved, fill, keys, read_toml, resolve, to_toml, validate
+from massl_ray.config import Config, Resolved, decided_as, fill, keys, parse_toml, resolve, to_toml, validate
+from massl_ray.data.demo import cache_folder
 from massl_ray.data.sources import Listing, hold_out, open_source, probe
 from massl_ray.errors import UserError
 from massl_ray.method.network import check_backbone
+from massl_ray.training.mirror import Mirror
+from massl_ray.training.storage import Folder, reason
 
+IMAGES = "images.json"
 FREE_TO_CHANGE = (
     "run.dir",
     "data.max_skipped",
+    "train.steps",
+    "train.epochs",
     "train.log_every",
     "train.checkpoint_every",
     "checkpoint.",
-    "eval.knn_every",
-    "elastic.",
+    "eval.",
+    "monitor.",
+    "elastic.m",
+    "elastic.timeout_seconds",
 )
-"""Settings that leave the result alone, so that a run may be continued with others."""
+"""Settings that may differ when a run is continued: all but its length leave the result alone, and schedules follow that."""
 
 
 @dataclass(frozen=True)
@@ -35,12 +45,20 @@ class Run:
     queries: Listing | None  # k-NN: labelled images to classify
 
     @property
-    def dir(self) -> Path:
-        return Path(self.config.run.dir).absolute()
+    def folder(self) -> Folder:
+        """The run directory, on this machine's disk or at a URI."""
+        return Folder(self.config.run.dir)
 
     @property
-    def checkpoints(self) -> Path:
-        return self.dir / "checkpoints"
+    def dir(self) -> Path:
+        """The run directory, or where this machine keeps the small files of one at a URI (`training.mirror`)."""
+        if self.folder.is_local:
+            return self.folder.path
+        return cache_folder() / "runs" / hashlib.sha256(self.folder.uri.encode()).hexdigest()[:12]
+
+    @property
+    def checkpoints(self) -> Folder:
+        return self.folder / "checkpoints"
 
 
 def prepare_run(config: Config) -> Run:
@@ -50,6 +68,10 @@ def prepare_run(config: Config) -> Run:
         UserError: anything that is the user's to mend. No worker has started and nothing was written then.
     """
     check_backbone(config)
+    folder = Folder(config.run.dir)
+    earlier = _earlier_start(folder)
+    if earlier:
+        config = decided_as(earlier, config)
     images = open_source(config.data.source)
     probe(images, config.data.max_skipped)
     resolved = resolve(config, len(images))
@@ -62,18 +84,28 @@ def prepare_run(config: Config) -> Run:
             f"({resolved.micro_batch_size})."
         )
     run = Run(filled, resolved, images, bank, queries)
-    _check_directory(run)
+    if earlier:
+        _check_same(run, earlier)
     return run
 
 
-def claim_directory(run: Run) -> None:
-    """Create the run directory and write config.toml, unless an earlier start did."""
+def claim_directory(run: Run) -> Run:
+    """Create the run directory, fetch the small files of one at a URI, and write config.toml."""
+    run.folder.check_writable()
     try:
-        run.checkpoints.mkdir(parents=True, exist_ok=True)
-        (run.dir / "eval").mkdir(exist_ok=True)
+        if run.folder.is_local:
+            run.checkpoints.path.mkdir(exist_ok=True)
+        else:
+            shutil.rmtree(run.dir, ignore_errors=True)
+            Mirror(run.dir, run.folder).pull()
+        (run.dir / "eval").mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"run.dir: {run.dir} cannot be created ({error.strerror}). Choose another --run.dir.") from None
+        raise UserError(f"run.dir: {run.dir} cannot be created ({reason(error)}). Choose another --run.dir.") from None
     write_atomically(run.dir / "config.toml", to_toml(run.config))
+    write_json(run.dir / IMAGES, _images_of(run))
+    if not run.folder.is_local:
+        Mirror(run.dir, run.folder).push()
+    return run
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -93,22 +125,51 @@ def differing_keys(earlier: Config, later: Config) -> list[str]:
     return [key for key in before if before[key] != after[key] and not key.startswith(FREE_TO_CHANGE)]
 
 
-def _check_directory(run: Run) -> None:
-    path = run.dir / "config.toml"
-    if not path.exists():
-        if run.dir.exists() and (not run.dir.is_dir() or any(entry.name[0] != "." for entry in run.dir.iterdir())):
-            raise UserError(f"run.dir: {run.dir} exists and is not a run of massl-ray. Choose another --run.dir.")
-        return
-    earlier = validate(read_toml(path))
+def _earlier_start(folder: Folder) -> Config | None:
+    """The configuration in the run directory; None where there is no run yet. Raises UserError where something else is."""
+    try:
+        names = [name for name in folder.entries() if name[0] != "."]
+        if "config.toml" in names:
+            return validate(parse_toml(folder.read_text("config.toml"), str(folder / "config.toml")))
+    except OSError as error:
+        raise UserError(f"run.dir: {folder} cannot be read ({reason(error)}). Choose another --run.dir.") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{folder / 'config.toml'} is not valid TOML: {error}.") from None
+    if names:
+        raise UserError(f"run.dir: {folder} exists and is not a run of massl-ray. Choose another --run.dir.")
+    return None
+
+
+def _check_same(run: Run, earlier: Config) -> None:
+    """What is continued must be the same run: settings and images. Raises UserError."""
     different = differing_keys(earlier, run.config)
     if different:
         before, after = keys(earlier), keys(run.config)
         shown = ", ".join(f"{key} is {before[key]} there and {after[key]} now" for key in different[:5])
         more = f" and {len(different) - 5} more" if len(different) > 5 else ""
         raise UserError(
-            f"run.dir: {run.dir} belongs to another configuration: {shown}{more}. "
-            f"Choose another --run.dir, or continue that run with --config {path}."
+            f"run.dir: {run.folder} belongs to another configuration: {shown}{more}. "
+            f"Choose another --run.dir, or continue that run with --config {run.folder / 'config.toml'}."
         )
+    try:
+        before = json.loads(run.folder.read_text(IMAGES))
+    except FileNotFoundError:  # the earlier start ended before it wrote them
+        return
+    now = _images_of(run)
+    if before != now:
+        names = "the same number, but other names" if before["count"] == now["count"] else f"{now['count']:,} of them now"
+        raise UserError(
+            f"data.source: {run.images.root} no longer holds the images that the run in {run.folder} began with: "
+            f"{before['count']:,} then, {names}. Put them back, or choose another --run.dir."
+        )
+
+
+def _images_of(run: Run) -> dict[str, object]:
+    """Which image comes when depends on their number and order, so these are part of a run."""
+    digest = hashlib.sha256()
+    for path in run.images.paths:
+        digest.update(os.fsencode(str(path)) + b"\0")
+    return {"count": len(run.images), "names_sha256": digest.hexdigest()}
 
 
 def _knn_sides(config: Config, images: Listing) -> tuple[Listing | None, Listing | None]:

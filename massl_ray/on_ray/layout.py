@@ -1,0 +1,51 @@
+"""How many workers, what each reserves, and the CPUs that remain for Ray Data."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import ray
+
+from massl_ray.config import Config
+
+DATA_TASK_CPUS = 0.25
+"""That a task of Ray Data reserves. Workers reserve three quarters of a CPU a thread, so on any machine that holds a worker
+there is room for a task, and nobody waits for ever."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What a run asks of a cluster."""
+
+    min_workers: int
+    max_workers: int
+    use_gpu: bool
+    per_worker: Mapping[str, float]  # resources
+
+
+def plan_layout(config: Config, num_micro_batches: int) -> Layout:
+    """For the cluster at hand. elastic.max_workers 'auto': one a GPU; without GPUs one a machine, leaving at least half of the
+    CPUs to Ray Data. A worker needs a micro-batch, so there are never more of them."""
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    gpus = int(sum(resources.get("GPU", 0) for resources in nodes))
+    use_gpu = config.train.device == "cuda" or (config.train.device == "auto" and gpus > 0)
+    threads = config.train.threads
+    machines = sum(resources.get("CPU", 0) >= 1 for resources in nodes)
+    cpus = sum(resources.get("CPU", 0) for resources in nodes)
+    automatic = gpus if use_gpu else min(machines, int(cpus // (2 * threads)))
+    most = max(1, automatic) if config.elastic.max_workers == "auto" else config.elastic.max_workers
+    most = max(config.elastic.min_workers, min(most, num_micro_batches))
+    smallest = min((resources["CPU"] for resources in nodes if resources.get("CPU", 0) >= 1), default=1.0)
+    per_worker = {"CPU": 1 - DATA_TASK_CPUS, "GPU": 1.0} if use_gpu else {"CPU": (1 - DATA_TASK_CPUS) * min(threads, smallest)}
+    return Layout(config.elastic.min_workers, most, use_gpu, per_worker)
+
+
+def fitting(layout: Layout, nodes: Iterable[Mapping[str, float]]) -> int:
+    """How many workers, up to the most wanted, machines of these resources hold."""
+    held = sum(int(min(node.get(name, 0.0) // amount for name, amount in layout.per_worker.items())) for node in nodes)
+    return min(held, layout.max_workers)
+
+
+def data_tasks(layout: Layout, world_size: int) -> int:
+    """How many tasks of Ray Data a worker may have at once: one for each of its share of the CPUs that no worker computes with."""
+    cpus = ray.cluster_resources().get("CPU", 1.0) - world_size * layout.per_worker["CPU"]
+    return max(1, round(cpus / world_size))

@@ -1,0 +1,110 @@
+"""How many workers a cluster holds, by value; no Ray needed."""
+
+import pytest
+import ray
+
+from massl_ray.config import load
+from massl_ray.on_ray.layout import Layout, data_tasks, fitting, plan_layout
+
+
+@pytest.fixture
+def plan(monkeypatch):
+    """Plan for machines of these (CPUs, GPUs), with 16 micro-batches."""
+
+    def plan(machines: list[tuple[float, float]], flags: str = "", num_micro_batches: int = 16) -> Layout:
+        nodes = [{"Alive": True, "Resources": {"CPU": float(cpus), "memory": 1e9}} for cpus, _ in machines]
+        for node, (cpus, gpus) in zip(nodes, machines, strict=True):
+            node["Resources"] |= {"GPU": float(gpus)} if gpus else {}
+            if not cpus:
+                del node["Resources"]["CPU"]
+        nodes.append({"Alive": False, "Resources": {"CPU": 64.0, "GPU": 8.0}})
+        nodes.append({"Alive": False, "Resources": {}})
+        monkeypatch.setattr(ray, "nodes", lambda: nodes)
+        return plan_layout(load(["--config", "/dev/null", *flags.split()]), num_micro_batches)
+
+    return plan
+
+
+@pytest.mark.parametrize(
+    ("machines", "most"),
+    [
+        ([(4, 0)], 1),
+        ([(4, 0)] * 3, 3),
+        ([(1, 0)], 1),  # at least one
+        ([(1, 0)] * 2, 1),  # half of the CPUs is Ray Data's
+        ([(2, 0)] * 2, 2),
+        ([(0, 0), (4, 0), (4, 0)], 2),  # a head without CPUs holds no worker
+        ([(0.5, 0), (4, 0)], 1),
+        ([(4, 0)] * 20, 16),  # no more than micro-batches
+    ],
+)
+def test_without_gpus_one_a_machine(plan, machines, most):
+    assert plan(machines) == Layout(1, most, False, {"CPU": 0.75})
+
+
+@pytest.mark.parametrize(
+    ("machines", "threads", "most", "cpus"),
+    [
+        ([(8, 0)] * 2, 4, 2, 3.0),
+        ([(8, 0)] * 2, 8, 1, 6.0),
+        ([(8, 0), (2, 0)], 4, 1, 1.5),  # a worker must fit on the smallest machine
+        ([(8, 0), (0.5, 0)], 4, 1, 3.0),  # that holds one
+        ([(0, 0)], 4, 1, 0.75),
+    ],
+)
+def test_threads(plan, machines, threads, most, cpus):
+    assert plan(machines, f"--train.threads {threads}") == Layout(1, most, False, {"CPU": cpus})
+
+
+@pytest.mark.parametrize(("machines", "most"), [([(16, 1)], 1), ([(16, 4), (16, 2), (16, 0)], 6), ([(16, 8)] * 3, 16)])
+def test_with_gpus_one_a_gpu(plan, machines, most):
+    assert plan(machines, "--train.threads 4") == Layout(1, most, True, {"CPU": 0.75, "GPU": 1.0})
+
+
+def test_the_device_that_is_asked_for(plan):
+    assert plan([(16, 4)] * 2, "--train.device cpu") == Layout(1, 2, False, {"CPU": 0.75})
+    assert plan([(16, 0)] * 2, "--train.device cuda") == Layout(1, 1, True, {"CPU": 0.75, "GPU": 1.0})
+
+
+@pytest.mark.parametrize(
+    ("flags", "num_micro_batches", "limits"),
+    [
+        ("--elastic.max_workers 5", 16, (1, 5)),  # machines may come
+        ("--elastic.max_workers 5", 4, (1, 4)),
+        ("--elastic.min_workers 3", 16, (3, 3)),
+        ("--elastic.min_workers 2 --elastic.max_workers 2", 16, (2, 2)),
+    ],
+)
+def test_the_number_that_is_asked_for(plan, flags, num_micro_batches, limits):
+    layout = plan([(4, 0)], flags, num_micro_batches)
+    assert (layout.min_workers, layout.max_workers) == limits
+
+
+@pytest.mark.parametrize(
+    ("per_worker", "nodes", "held"),
+    [
+        ({"CPU": 0.75}, [], 0),
+        ({"CPU": 0.75}, [{"CPU": 1.0}, {}, {"CPU": 0.5}], 1),
+        ({"CPU": 0.75}, [{"CPU": 1.0}, {"CPU": 3.0}], 5),
+        ({"CPU": 0.75}, [{"CPU": 64.0}], 8),  # the most that are wanted
+        ({"CPU": 1.5}, [{"CPU": 4.0}, {"CPU": 1.0}], 2),
+        ({"CPU": 0.75, "GPU": 1.0}, [{"CPU": 8.0, "GPU": 4.0}, {"CPU": 8.0}, {"CPU": 1.0, "GPU": 2.0}], 5),
+    ],
+)
+def test_fitting(per_worker, nodes, held):
+    assert fitting(Layout(1, 8, "GPU" in per_worker, per_worker), nodes) == held
+
+
+@pytest.mark.parametrize(
+    ("resources", "world_size", "cpus", "tasks"),
+    [
+        ({"CPU": 12.0}, 1, 0.75, 11),
+        ({"CPU": 12.0}, 3, 0.75, 3),
+        ({"CPU": 16.0}, 2, 3.0, 5),
+        ({"CPU": 2.0}, 2, 0.75, 1),  # never none
+        ({}, 1, 0.75, 1),
+    ],
+)
+def test_data_tasks(monkeypatch, resources, world_size, cpus, tasks):
+    monkeypatch.setattr(ray, "cluster_resources", lambda: resources)
+    assert data_tasks(Layout(1, 8, False, {"CPU": cpus}), world_size) == tasks
