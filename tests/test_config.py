@@ -219,6 +219,7 @@ READ_ELSEWHERE = {
     "elastic.min_workers": ("on_ray/layout.py", "config.elastic.min_workers"),
     "elastic.max_workers": ("on_ray/layout.py", "config.elastic.max_workers"),
     "elastic.exact": ("on_ray/life.py", "config.elastic.exact"),
+    "elastic.in_place": ("on_ray/launch.py", "config.elastic.in_place"),
     "elastic.max_lost_seconds": ("reporting/reporter.py", "config.elastic.max_lost_seconds"),
     "elastic.timeout_seconds": ("on_ray/life.py", "config.elastic.timeout_seconds"),
     "elastic.max_failures": ("on_ray/life.py", "config.elastic.max_failures"),

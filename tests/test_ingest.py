@@ -52,6 +52,8 @@ def test_restart_at_any_step_and_share(ray_cluster, run):
 
 def test_a_long_run_is_a_chain_of_datasets(ray_cluster, run, monkeypatch):
     monkeypatch.setattr("massl_ray.on_ray.ingest.TASKS", 3)
+    monkeypatch.setattr("massl_ray.on_ray.ingest.STEPS", 3)
+    monkeypatch.setattr("massl_ray.on_ray.ingest.LEAD", 2)
     for step, views in enumerate(stream_views(run, 0, 1, 2, tasks=2), start=2):
         np.testing.assert_array_equal(views.global_views.numpy(), expected_views(run, step)[0])
     assert step == 7

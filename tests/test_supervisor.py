@@ -5,15 +5,44 @@ from types import SimpleNamespace
 import pytest
 
 from massl_ray.on_ray import supervisor as module
+from massl_ray.on_ray.crew import Ended
 from massl_ray.on_ray.layout import Layout
+from massl_ray.on_ray.seat import Seat
 from massl_ray.on_ray.supervisor import LEAVE_S, LOOK_S, SETTLE_S, Supervisor
-from massl_ray.training.loop import Wish
+from massl_ray.training.loop import Outcome
+from massl_ray.training.wish import Wish
+
+
+class PretendedCrew:
+    """Of engines that do what they are told at once."""
+
+    def __init__(self) -> None:
+        self.seats: list[Seat] = []
+        self.spares: dict[str, int] = {}
+        self.ended: Ended | None = None
+        self.busy, self.ready = False, True
+
+    def begin(self, seats):
+        self.seats, self.busy = list(seats), True
+
+    def end(self, outcome: Outcome | None) -> None:
+        self.ended, self.busy = Ended(outcome), False
+
+    def poll(self) -> Ended | None:
+        ended, self.ended = self.ended, None
+        return ended
+
+    def is_ready(self, seats) -> bool:
+        return self.ready
+
+    def keep_spares(self, wanted) -> None:
+        self.spares = dict(wanted)
 
 
 class World:
     """Machines of one CPU, a run on them, and what its supervisor asks for and announces."""
 
-    def __init__(self, monkeypatch, names: str, min_workers: int = 1, max_workers: int = 8):
+    def __init__(self, monkeypatch, names: str, min_workers: int = 1, max_workers: int = 8, in_place: bool = False):
         self.now, self.wall = 1000.0, 1.7e9
         self.names, self.draining = names, {}
         self.asked: list[Wish] = []
@@ -23,12 +52,17 @@ class World:
         monkeypatch.setattr(module, "ray", SimpleNamespace(nodes=self.nodes, get_actor=self.get_actor))
         monkeypatch.setattr(module, "cluster_state", SimpleNamespace(get_draining_nodes=lambda: self.draining))
         monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: self.now, time=lambda: self.wall))
-        self.engines: list[str] = []  # machines they were started on
-        monkeypatch.setattr(module, "start_engine", lambda node: f"engine on {node}")
-        offer = SimpleNamespace(remote=lambda node, engine: self.engines.append(node))
-        telemetry = SimpleNamespace(ask=SimpleNamespace(remote=self.asked.append), offer_engine=offer)
-        self.supervisor = Supervisor(Layout(min_workers, max_workers, False, {"CPU": 0.75}), telemetry, self.events.append)
+        self.regroups = 0
+        telemetry = SimpleNamespace(
+            ask=SimpleNamespace(remote=self.asked.append), ask_regroup=SimpleNamespace(remote=self.count_regroup)
+        )
+        self.crew = PretendedCrew() if in_place else None
+        layout = Layout(min_workers, max_workers, False, {"CPU": 0.75})
+        self.supervisor = Supervisor(layout, telemetry, self.crew, self.events.append)  # type: ignore[arg-type]
         self.life = 0
+
+    def count_regroup(self) -> None:
+        self.regroups += 1
 
     def nodes(self) -> list[dict]:
         gone = [{"NodeID": "gone", "Alive": False, "Resources": {}}]
@@ -161,8 +195,9 @@ def test_a_notice_is_answered_by_a_copy_at_once_and_by_leaving_in_time(world):
     assert abc.look(1) == []
     abc.run_on("ac", step=30)
     assert abc.look(1) == []
-    assert abc.events[-1] | {"at": ""} == {
-        "kind": "transition", "at": "", "from": 3, "to": 2, "cause": "notice", "seconds": 1.0, "steps_repeated": 0, "step": 30,
+    assert abc.events[-1] | {"at": "", "pause_s": 0} == {
+        "kind": "transition", "at": "", "from": 3, "to": 2, "cause": "notice",
+        "seconds": 1.0, "pause_s": 0, "steps_repeated": 0, "step": 30,
     }  # fmt: skip
     abc.names, abc.draining = "ac", {}
     assert abc.look(5) == [] and abc.look(5) == []  # nobody lived there any more
@@ -222,7 +257,8 @@ def test_the_start_is_a_transition(monkeypatch):
     (event,) = made.events
     at = event.pop("at")
     assert event == {
-        "kind": "transition", "from": 0, "to": 2, "cause": "start", "seconds": 7.25, "steps_repeated": 0, "step": 40,
+        "kind": "transition", "from": 0, "to": 2, "cause": "start",
+        "seconds": 7.25, "pause_s": 7.25, "steps_repeated": 0, "step": 40,
     }  # fmt: skip
     assert len(at) == len("2026-01-02T03:04:05.678+00:00") and at.endswith("+00:00")
 
@@ -237,7 +273,8 @@ def test_a_machine_that_vanishes(world):
     abc.now += 6.5
     abc.run_on("ab", step=16)
     assert abc.events[-1] | {"at": ""} == {
-        "kind": "transition", "at": "", "from": 3, "to": 2, "cause": "lost", "seconds": 6.5, "steps_repeated": 3, "step": 16,
+        "kind": "transition", "at": "", "from": 3, "to": 2, "cause": "lost",
+        "seconds": 6.5, "pause_s": 7.0, "steps_repeated": 3, "step": 16,
     }  # fmt: skip
     abc.names = "abd"
     abc.look()
@@ -322,3 +359,121 @@ def test_the_coordinator_hears_of_new_machines_and_of_a_resize(world):
     ab.look()
     assert told == [("nobody", True)]
     assert ab.look(2) == [Wish.RESIZE] and len(told) == 2
+
+
+# ---- in place --------------------------------------------------------------------------------------------------------
+
+
+def seats(names: str) -> tuple[Seat, ...]:
+    return tuple(Seat(name, None) for name in names)
+
+
+@pytest.fixture
+def in_place(monkeypatch):
+    """Machines with a crew that trains on the first of them, Ray Train's seats being there."""
+
+    def in_place(names: str, on: str, **limits) -> World:
+        made = World(monkeypatch, names, in_place=True, **limits)
+        made.look()
+        made.supervisor.lead(seats(on))
+        made.run_on(on)
+        return made
+
+    return in_place
+
+
+def test_a_life_begins_on_the_seats_as_soon_as_there_are_enough(monkeypatch):
+    made = World(monkeypatch, "abc", min_workers=2, in_place=True)
+    made.look()
+    assert made.supervisor.lead(None) is None and not made.crew.busy
+    made.supervisor.lead(seats("a"))
+    assert not made.crew.busy
+    made.supervisor.lead(seats("abc"))
+    assert made.crew.busy and made.crew.seats == list(seats("abc"))
+
+
+def test_growth_leaves_training_alone_until_there_are_seats_and_engines(in_place):
+    ab = in_place("ab", "ab")
+    ab.names = "abc"
+    ab.look()
+    assert ab.look(2) == [] and ab.regroups == 1  # Ray Train is to find seats; nobody is asked to leave
+    assert ab.look(5) == [] and ab.regroups == 1
+    ab.supervisor.lead(None)  # its workers start anew
+    ab.crew.ready = False
+    ab.supervisor.lead(seats("abc"))
+    assert ab.asked == []
+    ab.crew.ready = True
+    ab.supervisor.lead(seats("abc"))
+    ab.supervisor.lead(seats("abc"))
+    assert ab.asked == [Wish.RESIZE]
+    ab.crew.end(Outcome("resize", 9))
+    ab.supervisor.lead(seats("abc"))
+    assert ab.crew.seats == list(seats("abc")) and ab.crew.busy
+    ab.run_on("abc", step=9)
+    assert ab.causes == ["start", "added"] and ab.events[-1]["seconds"] == 7.0  # since the machine came
+    assert ab.events[-1]["steps_repeated"] == 0
+
+
+def test_seats_that_stay_the_same_change_nothing(in_place):
+    """Ray Train starts its workers anew after a loss; the crew has long gone on."""
+    ab = in_place("ab", "ab")
+    ab.supervisor.lead(None)
+    ab.supervisor.lead(seats("ba"))
+    assert ab.asked == []
+
+
+def test_a_resize_that_could_not_be_done_is_not_asked_for_again(in_place):
+    ab = in_place("abc", "ab")
+    ab.supervisor.lead(seats("abc"))
+    ab.run_on("ab", step=5)  # the third engine did not come
+    ab.supervisor.lead(seats("abc"))
+    assert ab.asked == [Wish.RESIZE]
+
+
+def test_a_lost_machine_in_place(in_place):
+    """The others go on at once: Ray Train's seats on them are still those of before."""
+    abc = in_place("abc", "abc")
+    abc.crew.end(None)
+    abc.supervisor.lead(None)
+    assert abc.crew.seats == list(seats("abc"))  # nobody knows yet that it was the machine; its engine will not answer
+    abc.names = "ab"
+    abc.look()
+    abc.crew.end(None)
+    abc.supervisor.lead(None)
+    assert abc.crew.seats == list(seats("ab")) and abc.crew.busy
+    abc.run_on("ab", step=1)
+    assert abc.causes == ["start", "lost"]
+
+
+def test_a_notice_in_place_needs_no_new_seats(in_place):
+    abc = in_place("abc", "abc")
+    abc.notice("b", 20)
+    assert abc.look() == [Wish.SAVE, Wish.RESIZE]
+    abc.crew.end(Outcome("resize", 9))
+    abc.supervisor.lead(seats("abc"))
+    assert abc.crew.seats == list(seats("ac"))
+    abc.run_on("ac", step=9)
+    abc.supervisor.lead(seats("abc"))
+    assert abc.look() == [] and abc.causes == ["start", "notice"]
+
+
+def test_the_outcome_is_told_once(in_place):
+    a = in_place("a", "a")
+    a.crew.end(Outcome("finished", 40))
+    assert a.supervisor.lead(seats("a")) == Outcome("finished", 40)
+    assert a.supervisor.lead(seats("a")) is None and not a.crew.busy
+
+
+def test_spares_wait_where_workers_may_come(monkeypatch, in_place):
+    """Before the start only if all will be used; later on every machine that stays, unless there is only ever one worker."""
+    assert in_place("abc", "ab", max_workers=2).crew.spares == {}
+    made = World(monkeypatch, "ab", max_workers=2, in_place=True)
+    made.look()
+    assert made.crew.spares == {"a": 1, "b": 1}
+    abc = in_place("abc", "ab", max_workers=2)
+    abc.notice("c", 600)
+    abc.look()
+    assert abc.crew.spares == {"a": 1, "b": 1}
+    alone = in_place("ab", "a", max_workers=1)
+    alone.look()
+    assert alone.crew.spares == {}

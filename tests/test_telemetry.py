@@ -4,7 +4,7 @@ import pytest
 import ray
 import torch
 
-from massl_ray.on_ray.telemetry import TelemetryClient, start_telemetry, unpack
+from massl_ray.on_ray.telemetry import News, TelemetryClient, start_telemetry, unpack
 from massl_ray.training.wish import Wish
 
 pytestmark = pytest.mark.ray
@@ -26,8 +26,8 @@ def test_news_come_once_in_order_and_of_the_present_life_only(actor):
     new = TelemetryClient(actor, begin(actor)[0])
     old.announce({"kind": "late"})
     new.announce({"kind": "b"})
-    assert ray.get(actor.take.remote()) == ([{"kind": "a"}, {"kind": "b"}], 2, 2, 0)
-    assert ray.get(actor.take.remote())[0] == []
+    assert ray.get(actor.take.remote()) == News([{"kind": "a"}, {"kind": "b"}], 2, 2, 0, ())
+    assert ray.get(actor.take.remote()).events == []
 
 
 def test_failures_in_a_row_count_until_a_new_step_is_reached(actor):
@@ -69,8 +69,39 @@ def test_the_kept_state_comes_back_to_the_bit(actor):
 def test_a_checkpoint_waits_for_its_metrics(actor):
     client = TelemetryClient(actor, begin(actor)[0])
     client.announce({"kind": "metrics"})
-    _, announced, _, _ = ray.get(actor.take.remote())
+    announced = ray.get(actor.take.remote()).announced
     assert ray.get(actor.counts.remote()) == (1, 0)
     ray.get(actor.confirm.remote(announced))
     client.wait_recorded(1)
     assert ray.get(actor.counts.remote()) == (1, 1)
+
+
+def test_seats_are_told_once_all_are_taken_and_of_the_present_start_only(actor):
+    assert ray.get(actor.order.remote(0)) == "hold"
+    first = ray.get(actor.begin_group.remote(2))
+    assert ray.get(actor.take.remote()).seats is None
+    ray.get([actor.sit.remote(first, "a"), actor.sit.remote(first, "b")])
+    assert ray.get(actor.take.remote()).seats == ("a", "b")
+    second = ray.get(actor.begin_group.remote(1))
+    ray.get(actor.sit.remote(first, "late"))
+    assert ray.get(actor.take.remote()).seats is None
+    assert ray.get([actor.order.remote(first), actor.order.remote(second)]) == ["leave", "hold"]
+
+
+def test_seats_hold_until_they_are_to_regroup_or_the_run_is_over(actor):
+    group = ray.get(actor.begin_group.remote(1))
+    assert ray.get(actor.order.remote(group)) == "hold"
+    ray.get(actor.ask_regroup.remote())
+    assert ray.get(actor.order.remote(group)) == "leave"
+    group = ray.get(actor.begin_group.remote(1))
+    assert ray.get(actor.order.remote(group)) == "hold"
+    ray.get(actor.finish.remote({"status": "finished"}))
+    assert ray.get(actor.order.remote(group)) == {"status": "finished"}
+
+
+def test_all_that_was_said_has_arrived_before_a_life_ends(actor):
+    client = TelemetryClient(actor, begin(actor)[0])
+    client.announce({"kind": "last"})
+    client.close()
+    begin(actor)
+    assert ray.get(actor.take.remote()).events == [{"kind": "last"}]

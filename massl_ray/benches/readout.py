@@ -19,7 +19,7 @@ TEMPERATURES = {"student_temp": 0.1, "teacher_temp": 0.04}
 GROWTH = (16384, 32768, 65536, 131072, 262144)  # memory sizes, one to sixteen blocks
 
 
-def run(device: torch.device, rounds: int) -> dict[str, Any]:
+def run(device: torch.device, rounds: int = 7) -> dict[str, Any]:
     """Time and extra peak memory at the paper's memory, and how both grow with it."""
     batch, dtype = (64, torch.bfloat16) if device.type == "cuda" else (32, torch.float32)
     plain, ours = calls(device, dtype, batch, SIZE)

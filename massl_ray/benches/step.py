@@ -24,7 +24,7 @@ IMAGES = 1_281_167  # of the recipes' data set
 SCHEDULE = Schedule(images_seen=0, lr=1e-4, weight_decay=0.04, teacher_momentum=0.996, teacher_temp=0.04)
 
 
-def run(device: torch.device, rounds: int) -> dict[str, Any]:
+def run(device: torch.device, rounds: int = 7) -> dict[str, Any]:
     """fp32 and bf16 on a CPU; bf16 for ViT-S and ViT-B on CUDA. Time, peak memory, share of the matmul rate."""
     if device.type == "cuda":
         cases = {"vit_small_bf16": ("vit_small", "bf16", 64), "vit_base_bf16": ("vit_base", "bf16", 64)}

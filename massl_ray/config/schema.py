@@ -215,6 +215,9 @@ class ElasticSection(Section):
     exact: bool = True
     """Sum over micro-batches in one fixed order, so that the result is the same, bit for bit, at any number of workers.
     false: DistributedDataParallel's order, equal within rounding."""
+    in_place: bool = True
+    """Workers that stay keep their process and model when the number of workers changes; Ray Train only holds the machines for
+    them. false: Ray Train starts every worker anew, which takes several times as long. The result is the same."""
     max_lost_seconds: Positive = 30.0
     """A machine that vanishes costs at most this much training, in seconds: so often a copy of the state goes to the head node."""
     timeout_seconds: Annotated[float, Field(ge=10)] = 600.0

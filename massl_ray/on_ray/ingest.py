@@ -1,8 +1,8 @@
 """Ray Data as the source of views: this worker's slice of every step's batch, from any step on, in order."""
 
 import warnings
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Generator
+from concurrent.futures import ThreadPoolExecutor, wait
 from typing import Any
 
 import numpy as np
@@ -17,37 +17,57 @@ from massl_ray.on_ray.layout import DATA_TASK_CPUS
 from massl_ray.training.loop import Views
 from massl_ray.training.run import Run
 
-TASKS = 2000  # tasks a dataset is made of; a longer run is a chain of datasets
+TASKS, STEPS = 64, 16  # a dataset is made of so many tasks, and of so many steps at least; a run is a chain of datasets
+LEAD = 8  # steps before the end of a dataset at which the next one starts
+# Ray Data plans all tasks of a dataset before the first one runs, in 4 ms each: 0.6 s to the first batch of 64 tasks, 3 s of 256.
 ROWS = 64  # images a task makes views of, at most
 
 
-def stream_views(run: Run, rank: int, world_size: int, start_step: int, tasks: int) -> Iterator[Views]:
+def stream_views(run: Run, rank: int, world_size: int, start_step: int, tasks: int) -> Generator[Views, None, None]:
     """Views of this worker's share of each step's batch, from `start_step` to the end of the run.
 
     `tasks` bounds those that run at once for this worker. What comes out depends on (configuration, images, step, share)
     only, so a restart at any step and any number of workers continues with the very next sample.
     """
     first, last = (edge * run.resolved.micro_batch_size for edge in worker_share(rank, world_size, run.resolved.num_micro_batches))
-    share = last - first
+    share, steps = last - first, run.resolved.steps
     task_rows = next(rows for rows in range(min(share, ROWS), 0, -1) if share % rows == 0)
-    steps_at_once = max(1, TASKS * task_rows // share)
-    for begin in range(start_step, run.resolved.steps, steps_at_once):
-        end = min(begin + steps_at_once, run.resolved.steps)
+    steps_at_once = max(STEPS, TASKS * task_rows // share)
+
+    def dataset_from(begin: int) -> Generator[Views, None, None]:
         make = ViewMaker(run.images, run.config.views, run.config.run.seed, run.resolved.batch_size, begin, first, share)
-        dataset = _dataset(make, (end - begin) * share, task_rows, tasks)
+        dataset = _dataset(make, (min(begin + steps_at_once, steps) - begin) * share, task_rows, tasks)
         for rows in dataset.iter_batches(batch_size=share, batch_format="numpy", prefetch_batches=2):
             yield _to_views(rows)  # type: ignore[arg-type]
 
+    upcoming = dataset_from(start_step)
+    for begin in range(start_step, steps, steps_at_once):
+        end, current = begin + steps_at_once, upcoming
+        for step, views in enumerate(current, begin):
+            if step == max(begin, end - LEAD) and end < steps:
+                upcoming = start_now(dataset_from(end))
+            yield views
 
-def start_now(stream: Iterator[Views]) -> Iterator[Views]:
+
+def start_now(stream: Generator[Views, None, None]) -> Generator[Views]:
     """Ray Data takes seconds to its first batch: begin fetching it while the caller prepares."""
     first = ThreadPoolExecutor(1).submit(next, stream)
 
-    def views() -> Iterator[Views]:
-        yield first.result()
-        yield from stream
+    def views() -> Generator[Views, None, None]:
+        try:
+            yield first.result()
+            yield from stream
+        finally:
+            wait([first])  # a generator at work cannot be closed
+            stream.close()
 
     return views()
+
+
+def warm_up() -> None:
+    """What Ray Data does once in a process takes a second or two; and a task on this machine starts a process for the next."""
+    for _ in _dataset(lambda rows: rows, 1, 1, 1).iter_batches():
+        pass
 
 
 def _dataset(make: Any, rows: int, task_rows: int, tasks: int) -> ray.data.Dataset:
@@ -64,7 +84,8 @@ def _dataset(make: Any, rows: int, task_rows: int, tasks: int) -> ray.data.Datas
             override_num_blocks=rows // task_rows,
             num_cpus=DATA_TASK_CPUS,
         )
-        return numbers.map_batches(make, batch_size=task_rows, batch_format="numpy", num_cpus=DATA_TASK_CPUS)
+        # A batch is a whole block: of any other size would keep reading and making views apart, as two tasks each.
+        return numbers.map_batches(make, batch_size=None, batch_format="numpy", num_cpus=DATA_TASK_CPUS)
 
 
 def _to_views(rows: dict[str, np.ndarray]) -> Views:

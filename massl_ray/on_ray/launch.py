@@ -1,5 +1,6 @@
 """Start or join a cluster, run the workers, follow them."""
 
+import dataclasses
 import os
 import signal
 import threading
@@ -12,17 +13,18 @@ import ray
 import ray.train
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
+from massl_ray.on_ray.crew import Crew
 from massl_ray.on_ray.knobs import HEAD, RESIZE_TIMER_S, set_knobs
-from massl_ray.on_ray.layout import plan_layout
+from massl_ray.on_ray.layout import Layout, plan_layout
+from massl_ray.on_ray.seat import hold_seat, train_here
 from massl_ray.on_ray.supervisor import Supervisor
 from massl_ray.on_ray.telemetry import start_telemetry, unpack
-from massl_ray.on_ray.worker import train_worker
 from massl_ray.training.checkpoint import list_checkpoints, write_checkpoint
 from massl_ray.training.loop import Outcome
 from massl_ray.training.run import Run
 from massl_ray.training.wish import Wish
 
-POLL_S = 0.2  # between looks at the news
+POLL_S = 0.1  # between looks at the news
 STOP_S = 60.0  # for the last checkpoint after Ctrl-C or SIGTERM, before workers are ended
 
 
@@ -63,55 +65,68 @@ def run_workers(run: Run, follow: Callable[[dict[str, Any]], None], *, stock: bo
     """
     telemetry = start_telemetry()
     layout = plan_layout(run.config, run.resolved.num_micro_batches)
-    supervisor = Supervisor(layout, telemetry, follow)
 
-    def news() -> None:
-        events, announced, life, step = ray.get(telemetry.take.remote())
-        for event in events:
-            supervisor.follow(event)
-            follow(event)
-        supervisor.progress(life, step)
-        follow({"kind": "progress", "life": life, "step": step})
-        telemetry.confirm.remote(announced)
+    def tell(event: dict[str, Any]) -> None:
+        supervisor.follow(event)
+        follow(event)
+
+    in_place = run.config.elastic.in_place and not stock
+    crew = Crew(run, telemetry, layout, tell) if in_place else None
+    supervisor = Supervisor(layout, telemetry, crew, follow)
+
+    def look() -> Outcome | None:
+        news: Any = ray.get(telemetry.take.remote())
+        for event in news.events:
+            tell(event)
+        supervisor.progress(news.life, news.step)
+        follow({"kind": "progress", "life": news.life, "step": news.step})
+        telemetry.confirm.remote(news.announced)
+        if not stock:
+            supervisor.look()
+        return supervisor.lead(news.seats)
 
     with TemporaryDirectory(prefix="massl-ray-") as scratch, _signals() as received:
-        trainer = DataParallelTrainer(
-            train_worker,
-            train_loop_config={"run": [ray.put(run)], "telemetry": telemetry, "layout": layout},  # in a list it stays packed
-            scaling_config=ray.train.ScalingConfig(
-                num_workers=layout.max_workers
-                if layout.max_workers == layout.min_workers
-                else (layout.min_workers, layout.max_workers),
-                use_gpu=layout.use_gpu,
-                resources_per_worker=dict(layout.per_worker),
-                elastic_resize_monitor_interval_s=60.0 if stock else RESIZE_TIMER_S,
-            ),
-            # Checkpoints are ours, not Ray's, and so is the count of failures: Ray would count resizes, too.
-            run_config=ray.train.RunConfig(
-                name="train", storage_path=scratch, failure_config=ray.train.FailureConfig(max_failures=-1)
-            ),
-        )
+        trainer = _trainer(run, telemetry, layout, hold_seat if in_place else train_here, scratch, stock)
         training = _InBackground(trainer.fit)  # Ray takes Ctrl-C for itself in a main thread
-        asked_at = None
+        patience_s = STOP_S
         try:
             while not training.wait(POLL_S):
-                news()
-                if not stock:
-                    supervisor.look()
-                if received and asked_at is None:
-                    asked_at = 0.0
+                if outcome := look():
+                    telemetry.finish.remote(dataclasses.asdict(outcome))
+                if received and patience_s == STOP_S:
                     telemetry.ask.remote(Wish.STOP)
                     follow({"kind": "stopping"})
-                asked_at = None if asked_at is None else asked_at + POLL_S
-                if len(received) > 1 or (asked_at or 0.0) > STOP_S:
+                patience_s -= POLL_S if received else 0.0
+                if len(received) > 1 or patience_s < 0:
                     raise Stopped(received[0])
-            news()
+            look()
             outcome = Outcome(**training.result().return_value)
         finally:
+            if crew:
+                crew.close()
             _save_kept(run, telemetry)
+            ray.kill(telemetry)
         if outcome.status == "stopped":
             raise Stopped(received[0]) if received else RuntimeError("a run stopped that nobody asked to")
         return outcome
+
+
+def _trainer(
+    run: Run, telemetry: Any, layout: Layout, worker: Callable[[dict[str, Any]], Any], scratch: str, stock: bool
+) -> DataParallelTrainer:
+    workers = layout.max_workers if layout.max_workers == layout.min_workers else (layout.min_workers, layout.max_workers)
+    return DataParallelTrainer(
+        worker,
+        train_loop_config={"run": [ray.put(run)], "telemetry": telemetry, "layout": layout},  # in a list it stays packed
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=workers,
+            use_gpu=layout.use_gpu,
+            resources_per_worker=dict(layout.per_worker),
+            elastic_resize_monitor_interval_s=60.0 if stock else RESIZE_TIMER_S,
+        ),
+        # Checkpoints are ours, not Ray's, and so is the count of failures: Ray would count resizes, too.
+        run_config=ray.train.RunConfig(name="train", storage_path=scratch, failure_config=ray.train.FailureConfig(max_failures=-1)),
+    )
 
 
 def _save_kept(run: Run, telemetry: Any) -> None:

@@ -4,6 +4,8 @@ import dataclasses
 import os
 import time
 import warnings
+from contextlib import closing
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
@@ -15,77 +17,134 @@ from torch import Tensor
 from massl_ray.method.step import State
 from massl_ray.on_ray.ingest import start_now, stream_views
 from massl_ray.on_ray.layout import Layout, data_tasks
+from massl_ray.on_ray.seat import Place
 from massl_ray.on_ray.telemetry import TelemetryClient, unpack
 from massl_ray.reporting.reporter import Reporter, Silent
-from massl_ray.training.checkpoint import CheckpointWriter, NotSaved, read_latest
+from massl_ray.training.checkpoint import CheckpointWriter, NotSaved, list_checkpoints, read_latest, step_of
 from massl_ray.training.collectives import Distributed, Exact, Local
 from massl_ray.training.loop import Outcome, train
 from massl_ray.training.rehearsal import rehearse
 from massl_ray.training.run import Run
-from massl_ray.training.state import build_state, from_tensors
+from massl_ray.training.state import build_state, from_tensors, to_tensors
 
 
-def live(run: Run, telemetry: Any, layout: Layout, life: int, failures: int, place: dict[str, Any]) -> dict[str, Any]:
-    """Meet the other workers, take up the newest state or build one, then train. Returns the Outcome, the same on every worker."""
-    line = TelemetryClient(telemetry, life)
-    device = _device(place["gpus"])
-    torch.set_num_threads(run.config.train.threads)
-    timeout = timedelta(seconds=run.config.elastic.timeout_seconds)
-    if place["world_size"] > 1:
-        backend = "nccl" if device.type == "cuda" else "gloo"
-        meeting = f"tcp://{place['address']}"
-        dist.init_process_group(backend, init_method=meeting, rank=place["rank"], world_size=place["world_size"], timeout=timeout)
-    workers = Distributed(run.resolved.num_micro_batches, timeout) if place["world_size"] > 1 else Local()
-    collectives = Exact(workers, run.resolved.num_micro_batches) if run.config.elastic.exact else workers
+@dataclass
+class Remains:
+    """What a process keeps from one life for the next."""
+
+    state: State | None = None  # where it was trained, after a life that ended in good order
+    writer: CheckpointWriter | None = None  # which may still be writing
+
+
+def live(run: Run, telemetry: Any, layout: Layout, life: int, failures: int, place: Place, remains: Remains) -> dict[str, Any]:
+    """Meet the other workers, take up the newest state or build one, then train. Returns the Outcome, the same on every worker,
+    as a dict."""
     if failures > run.config.elastic.max_failures:  # the same number on every worker
         return dataclasses.asdict(Outcome("failed", 0, _given_up(run, failures)))
-    return dataclasses.asdict(_train(run, line, layout, device, collectives, first_life=life == 1))
+    line = TelemetryClient(telemetry, life)
+    device = _device(place.gpu)
+    torch.set_num_threads(run.config.train.threads)
+    try:
+        workers = meet(run, device, place)
+        outcome = _train(run, line, layout, device, workers, remains, first_life=life == 1)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    return dataclasses.asdict(outcome)
+
+
+def meet(run: Run, device: torch.device, place: Place) -> Local | Distributed | Exact:
+    """The collectives of this life."""
+    timeout = timedelta(seconds=run.config.elastic.timeout_seconds)
+    workers = Local()
+    if place.world_size > 1:
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        meeting = f"tcp://{place.address}"
+        dist.init_process_group(backend, init_method=meeting, rank=place.rank, world_size=place.world_size, timeout=timeout)
+        workers = Distributed(run.resolved.num_micro_batches, timeout)
+    return Exact(workers, run.resolved.num_micro_batches) if run.config.elastic.exact else workers
 
 
 def _train(
-    run: Run, line: TelemetryClient, layout: Layout, device: torch.device, workers: Local | Distributed | Exact, first_life: bool
+    run: Run,
+    line: TelemetryClient,
+    layout: Layout,
+    device: torch.device,
+    workers: Local | Distributed | Exact,
+    remains: Remains,
+    first_life: bool,
 ) -> Outcome:
-    newest = None if workers.rank else find_newest(run, line)
-    step = workers.share(newest and int(newest["step"]))
+    state, remains.state = remains.state, None
+    newer = None if workers.rank else find_newer(run, line, than=state)
+    step = workers.share(newer[0] if newer else state and state.step)
     views = start_now(stream_views(run, workers.rank, workers.world_size, step or 0, data_tasks(layout, workers.world_size)))
-    state = build_state(run.config, run.resolved, device, workers)
-    if step is not None:
-        from_tensors(state, workers.share_tensors(newest))
+    state = take_up(run, device, workers, state, step, newer and newer[1])
     step_s = rehearse(run, state, workers) if first_life else None
-    if workers.rank:
-        return train(run, state, views, workers, Silent(line))
+    recorder: Silent = Silent(line)
+    if workers.rank == 0:
+        line.announce(_started(state, workers.world_size, device, step_s))
+        remains.writer = remains.writer or CheckpointWriter(run.checkpoints, run.config.checkpoint.keep, note=print)
+        remains.writer.note, remains.writer.before_publish = (lambda text: _note(line, text)), line.wait_recorded
+        recorder = Reporter(run, line, remains.writer)
 
-    line.announce(_started(state, workers.world_size, device, step_s))
-    keep = run.config.checkpoint.keep
-    writer = CheckpointWriter(run.checkpoints, keep, note=lambda text: _note(line, text), before_publish=line.wait_recorded)
-    outcome = train(run, state, views, workers, Reporter(run, line, writer))
+    with closing(views):
+        outcome = train(run, state, views, workers, recorder)
     line.close()
-    if outcome.status != "resize":  # else the copy that was kept is newer than what is still being written
+    if outcome.status == "resize":
+        remains.state = state
+    elif remains.writer:
         try:
-            writer.close()
+            remains.writer.close()
         except NotSaved as error:
             return Outcome("not_saved", outcome.step, str(error))
     return outcome
 
 
-def find_newest(run: Run, line: TelemetryClient) -> dict[str, Tensor] | None:
-    """The state to go on from: the copy kept in this cluster or the latest whole checkpoint, whichever is further."""
-    with warnings.catch_warnings(record=True) as damaged:
-        warnings.simplefilter("always")
-        stored = read_latest(run.checkpoints)
-    for warning in damaged:
-        _note(line, str(warning.message))
+def find_newer(run: Run, line: TelemetryClient, than: State | None) -> tuple[int, dict[str, Tensor]] | None:
+    """A state that is further than the one at hand: the copy kept in this cluster or the latest whole checkpoint. Returns its step
+    and tensors."""
+    at_hand = -1 if than is None else than.step
     kept = line.kept()
-    if kept and (stored is None or kept[0] > int(stored[0]["step"])):
-        return unpack(ray.get(kept[1][0]))
-    return stored and stored[0]
+    known = max(at_hand, kept[0] if kept else -1)
+    if any((step_of(checkpoint.name) or 0) > known for checkpoint in list_checkpoints(run.checkpoints)):
+        with warnings.catch_warnings(record=True) as damaged:
+            warnings.simplefilter("always")
+            stored = read_latest(run.checkpoints)
+        for warning in damaged:
+            _note(line, str(warning.message))
+        if stored and int(stored[0]["step"]) > known:
+            return int(stored[0]["step"]), stored[0]
+    if kept and kept[0] > at_hand:
+        return kept[0], unpack(ray.get(kept[1][0]))
+    return None
 
 
-def _device(gpus: list[int | str]) -> torch.device:
-    """The GPU that Ray gave to the worker. CUDA has not looked yet which there are."""
-    if not gpus:
+def take_up(
+    run: Run,
+    device: torch.device,
+    workers: Local | Distributed | Exact,
+    state: State | None,
+    step: int | None,
+    tensors: dict[str, Tensor] | None,
+) -> State:
+    """The state of `step` on every worker: the one that is at hand where all have it, else the first worker's `tensors` or state
+    sent to all. A new one where there is no step yet."""
+    lacks = step is not None and (tensors is not None or state is None or state.step != step)
+    if state is None:
+        state = build_state(run.config, run.resolved, device, workers)
+    else:
+        state.replica = workers.wrap(state.student)
+    if workers.start_agreement(int(lacks))():
+        first = None if workers.rank else tensors or to_tensors(state)
+        from_tensors(state, workers.share_tensors(first))
+    return state
+
+
+def _device(gpu: str | None) -> torch.device:
+    """The GPU of the worker's seat. Before its first life CUDA has not looked yet which there are; later ones are on the same."""
+    if gpu is None:
         return torch.device("cpu")
-    os.environ["CUDA_VISIBLE_DEVICES"] = str(gpus[0])
+    os.environ["CUDA_VISIBLE_DEVICES"] = gpu
     torch.cuda.set_device(0)
     return torch.device("cuda", 0)
 

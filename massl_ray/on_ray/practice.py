@@ -3,8 +3,9 @@
 import logging
 import os
 import signal
+import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -36,10 +37,11 @@ class PracticeCluster:
                 "num_cpus": 0,
                 "object_store_memory": OBJECTS,
                 "include_dashboard": False,
-                "_system_config": HEAD if fast else None,
+                "_system_config": (HEAD if fast else {}) | {"worker_niceness": 0},  # whatever else this computer does
                 "temp_dir": self.scratch.name,
             },
         )
+        self.address = str(self.cluster.address)
         self.machines: dict[str, Any] = {}  # by node id
         self.placed: dict[int, dict[str, Any]] = {}  # by rank
         ray.init(address=self.cluster.address, log_to_driver=False, logging_level=logging.ERROR)
@@ -61,12 +63,17 @@ class PracticeCluster:
         """Only the process of that worker vanishes."""
         os.kill(self.placed[rank]["pid"], signal.SIGKILL)
 
-    def give_notice(self, rank: int, seconds: float) -> None:
-        """The machine of that worker will go away in so many seconds."""
+    def give_notice(self, rank: int, seconds: float, then_kill: bool = False) -> None:
+        """The machine of that worker will go away in so many seconds, and does with `then_kill`."""
+        node_id = self.placed[rank]["node"]
+        if then_kill:
+            end = threading.Timer(seconds, lambda: self.cluster.remove_node(self.machines.pop(node_id), allow_graceful=False))
+            end.daemon = True
+            end.start()
         address = ray.get_runtime_context().gcs_address
         client = ray._raylet.GcsClient(address=address)  # type: ignore[attr-defined]
         deadline_ms = int((time.time() + seconds) * 1000)
-        client.drain_node(self.placed[rank]["node"], PREEMPTION, "notice", deadline_ms)
+        client.drain_node(node_id, PREEMPTION, "notice", deadline_ms)
 
     def follow(self, event: dict[str, Any]) -> None:
         if event["kind"] == "placed":
@@ -95,24 +102,62 @@ def practice_cluster(num_machines: int, *, fast: bool = True) -> Iterator[Practi
 
 
 def run_through(
-    run: Run, cluster: PracticeCluster, happenings: Mapping[int, Callable[[], None]], *, stock: bool = False
+    run: Run, cluster: PracticeCluster, meet: Callable[[dict[str, Any]], None], *, stock: bool = False
 ) -> tuple[Outcome, list[dict[str, Any]]]:
-    """Train, and let things happen once the run has first done so many steps. Returns the outcome and all events, each with its
-    time of arrival `seen` in seconds.
+    """Train, handing every event to `meet`, which may let things happen to the cluster. Returns the outcome and all events, each
+    with the time of its arrival, `seen`, in seconds.
 
     `stock`: leave elasticity to Ray Train's own settings.
     """
-    waiting, events, recorder = dict(happenings), [], RunRecorder(run)
+    events, recorder = [], RunRecorder(run)
 
     def follow(event: dict[str, Any]) -> None:
+        seen = event | {"seen": time.monotonic()}
         recorder.follow(event)
-        events.append(event | {"seen": time.monotonic()})
         cluster.follow(event)
-        if event["kind"] == "progress":
-            for step in sorted(step for step in waiting if step <= event["step"]):
-                waiting.pop(step)()
+        events.append(seen)
+        meet(seen)
 
     try:
         return run_workers(run, follow, stock=stock), events
     finally:
         recorder.close()
+
+
+class Scenario:
+    """What happens to a cluster during a run, in the order of a script: a generator that waits with `yield from` for steps and
+    transitions, and lets things happen between. Hand `meet` to `run_through`.
+    """
+
+    def __init__(self, script: "Callable[[Scenario], Wait]"):
+        self.life = self.step = 0
+        self.over = False  # whether the script has ended
+        self._script = script(self)
+        self._resume(None)
+
+    def meet(self, event: dict[str, Any]) -> None:
+        if not self.over and event["kind"] in ("progress", "transition"):
+            self.life, self.step = event.get("life", self.life), event["step"]
+            self._resume(event)
+
+    def steps(self, number: int) -> "Wait":
+        """Until so many more steps are done."""
+        until = self.step + number
+        while self.step < until:
+            yield
+
+    def transition(self, world_size: int) -> "Wait":
+        """Until so many workers have done a step after a change; returns the event, with the time of its arrival, `seen`."""
+        while True:
+            event = yield
+            if event["kind"] == "transition" and event["to"] == world_size:
+                return event
+
+    def _resume(self, event: dict[str, Any] | None) -> None:
+        try:
+            self._script.send(event)  # type: ignore[arg-type]
+        except StopIteration:
+            self.over = True
+
+
+Wait = Generator[None, dict[str, Any], Any]

@@ -9,8 +9,10 @@ from typing import Any
 import ray
 from ray._private.state import state as cluster_state
 
-from massl_ray.on_ray.engine import start_engine
+from massl_ray.on_ray.crew import Crew
 from massl_ray.on_ray.layout import Layout, fitting
+from massl_ray.on_ray.seat import Seat
+from massl_ray.training.loop import Outcome
 from massl_ray.training.wish import Wish
 
 LOOK_S = 0.5  # between looks at the machines
@@ -19,27 +21,32 @@ LEAVE_S = 30.0  # before the deadline of a notice, when there are other machines
 
 
 class Supervisor:
-    """Lives in the command that started the run; `look` and `follow` return soon."""
+    """Lives in the command that started the run; `look`, `lead` and `follow` return soon.
 
-    def __init__(self, layout: Layout, telemetry: Any, announce: Callable[[dict[str, Any]], None]):
-        self.layout, self.telemetry, self.announce = layout, telemetry, announce
+    Without a crew (elastic.in_place false) Ray Train itself starts workers anew when they leave or fail.
+    """
+
+    def __init__(self, layout: Layout, telemetry: Any, crew: Crew | None, announce: Callable[[dict[str, Any]], None]):
+        self.layout, self.telemetry, self.crew, self.announce = layout, telemetry, crew, announce
         self.looked = 0.0
         self.alive: frozenset[str] = frozenset()
         self.changed_at = self.step_at = time.monotonic()
         self.world_size = self.step = self.furthest = 0
         self.life = 0
         self.homes: dict[int, str] = {}  # rank: node
-        self.asked: frozenset[str] | None = None  # machines there were when the run was last asked to resize
+        self.seats: tuple[Seat, ...] = ()  # that Ray Train holds for us, or held before its workers were started anew
+        self.asked: frozenset[str] | None = None  # machines there were when the run was last asked to grow
+        self.tried: object = None  # seats that the run last resized to, and the machines there were
         self.saved_for: set[str] = set()
-        self.spares: Counter[str] = Counter()  # engines that wait, by node
+        self.left: set[str] = set()  # machines with a notice that we no longer use
         self.cause: tuple[str, float] | None = ("start", time.monotonic())  # of the transition under way
         self.before = 0  # world size before it
+        self.over = False
 
     def follow(self, event: dict[str, Any]) -> None:
         """What the workers say about themselves."""
         if event["kind"] == "placed":
             self.homes[event["rank"]] = event["node"]
-            self.spares[event["node"]] -= 1
         elif event["kind"] == "failure":
             self._begin("failure", time.monotonic())
         elif event["kind"] == "started":
@@ -60,6 +67,7 @@ class Supervisor:
                     "to": self.world_size,
                     "cause": cause,
                     "seconds": round(time.monotonic() - since, 2),
+                    "pause_s": round(time.monotonic() - self.step_at, 2),
                     "steps_repeated": max(0, self.furthest - self.step),
                     "step": self.step,
                 }
@@ -82,44 +90,79 @@ class Supervisor:
                 self._begin("lost", now)
             self.alive, self.changed_at = frozenset(nodes), now
             _tell_coordinator()
-        if not self.homes or (not self.cause and self.layout.max_workers > 1):  # a transition needs the CPUs itself
-            self._spares({node: resources for node, resources in nodes.items() if node not in leaving})
+        staying = {node: resources for node, resources in nodes.items() if node not in leaving}
+        self._spares(staying)
         if not self.cause:
-            self._notices(nodes, leaving, now)
-            self._growth(nodes, leaving, now)
+            self._notices(staying, leaving, now)
+            self._growth(staying, now)
 
     def _spares(self, nodes: dict[str, dict[str, float]]) -> None:
-        """As many engines wait on a machine as it may hold workers."""
-        for node, resources in nodes.items():
-            for _ in range(fitting(self.layout, [resources]) - max(0, self.spares[node])):
-                self.telemetry.offer_engine.remote(node, start_engine(node))
-                self.spares[node] += 1
+        """An engine for every worker that a machine may hold: at the start, if it is certain that all will be used; later beside
+        those that train, except during a transition, which needs the CPUs itself."""
+        if self.crew is None:
+            return
+        room = {node: fitting(self.layout, [resources]) for node, resources in nodes.items()}
+        starting = self.world_size == 0 and not self.crew.busy and sum(room.values()) <= self.layout.max_workers
+        if starting or (not self.cause and self.layout.max_workers > 1):
+            self.crew.keep_spares(room)
 
-    def _notices(self, nodes: dict[str, dict[str, float]], leaving: dict[str, int], now: float) -> None:
+    def lead(self, seats: tuple[Seat, ...] | None) -> Outcome | None:
+        """Begin a life on the seats there are, and the next one when it ends; returns the Outcome of the run once there is one.
+
+        Args:
+            seats: that Ray Train holds now; None while it starts its workers anew, which the life under way does not wait for.
+        """
+        self.seats = seats or self.seats
+        if self.crew is None or self.over:
+            return None
+        ended = self.crew.poll()
+        if ended and ended.outcome is None:
+            self._begin("failure", time.monotonic())
+        elif ended and ended.outcome and ended.outcome.status != "resize":
+            self.over = True
+            return ended.outcome
+        usable = [seat for seat in self.seats if seat.node in self.alive and seat.node not in self.left]
+        if not self.crew.busy:
+            if len(usable) >= self.layout.min_workers:
+                self.crew.begin(usable)
+        elif (
+            not self.cause
+            and usable
+            and Counter(usable) != Counter(self.crew.seats)
+            and self.tried != (self.alive, usable)
+            and self.crew.is_ready(usable)
+        ):
+            self.tried = self.alive, usable
+            self._begin("added", self.changed_at)
+            self.telemetry.ask.remote(Wish.RESIZE)
+        return None
+
+    def _notices(self, staying: dict[str, dict[str, float]], leaving: dict[str, int], now: float) -> None:
         """A machine of ours was given notice: save at once, and leave for the others in time, if they are enough."""
-        ours = {node for node in leaving if node in self.homes.values()}
+        ours = {node for node in leaving if node in self.homes.values()} - self.left
         if not ours:
             return
         if ours - self.saved_for:
             self.saved_for |= ours
             self.telemetry.ask.remote(Wish.SAVE)
         left_s = min(leaving[node] / 1000 - time.time() if leaving[node] else LEAVE_S for node in ours)
-        staying = [resources for node, resources in nodes.items() if node not in leaving]
-        if left_s <= LEAVE_S and fitting(self.layout, staying) >= self.layout.min_workers:
+        if left_s <= LEAVE_S and fitting(self.layout, staying.values()) >= self.layout.min_workers:
+            self.left |= ours
             self._begin("notice", now)
-            self._resize()
+            self.telemetry.ask.remote(Wish.RESIZE)
+            _tell_coordinator()
 
-    def _growth(self, nodes: dict[str, dict[str, float]], leaving: dict[str, int], now: float) -> None:
-        staying = [resources for node, resources in nodes.items() if node not in leaving]
-        grown = fitting(self.layout, staying) > self.world_size
+    def _growth(self, staying: dict[str, dict[str, float]], now: float) -> None:
+        """With a crew Ray Train finds the seats while training goes on; without, it starts the workers anew."""
+        grown = fitting(self.layout, staying.values()) > self.world_size
         if grown and now - self.changed_at > SETTLE_S and self.asked != self.alive:
-            self._begin("added", self.changed_at)
-            self._resize()
-
-    def _resize(self) -> None:
-        self.asked = self.alive
-        _tell_coordinator()
-        self.telemetry.ask.remote(Wish.RESIZE)
+            self.asked = self.alive
+            _tell_coordinator()
+            if self.crew:
+                self.telemetry.ask_regroup.remote()
+            else:
+                self._begin("added", self.changed_at)
+                self.telemetry.ask.remote(Wish.RESIZE)
 
     def _begin(self, cause: str, since: float) -> None:
         """The first cause names a transition; but a machine that is gone explains workers that failed a moment earlier."""

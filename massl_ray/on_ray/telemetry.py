@@ -5,7 +5,7 @@ The actor runs on the command's own machine: where that goes, the whole cluster 
 
 import time
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import ray
@@ -17,6 +17,16 @@ if TYPE_CHECKING:  # torch is imported where tensors come or go: the actor itsel
     from torch import Tensor
 
 CONFIRM_S = 60.0  # that a checkpoint waits for the metrics of its steps to be on disk
+
+
+class News(NamedTuple):
+    """What the command has not heard yet."""
+
+    events: list[dict[str, Any]]
+    announced: int  # events that there ever were
+    life: int
+    step: int  # the last one of this life
+    seats: tuple[Any, ...] | None  # that Ray Train holds now; None while its workers start
 
 
 class Telemetry:
@@ -34,15 +44,12 @@ class Telemetry:
         self.failures = 0
         self.planned = True  # the next life begins because somebody wished it
         self.kept: tuple[int, Any, dict[str, Any]] | None = None
-        self.spare: dict[str, list[Any]] = {}  # engines that wait, by node
-        self.taken: list[Any] = []
+        self.group, self.room, self.seats = 0, 0, []  # the present start of Ray Train's workers, how many there are, who came
+        self.regroup = False
+        self.outcome: dict[str, Any] | None = None
 
     def begin(self) -> tuple[int, int]:
         """A new life: returns its number, and how many lives ended in failure since a step was reached for the first time."""
-        for engine in self.taken:
-            ray.kill(engine)
-        self.taken = []
-        self.step = 0
         self.life += 1
         self.failures += not self.planned
         self.planned = False
@@ -50,16 +57,24 @@ class Telemetry:
         self.wish = Wish.STOP if self.wish == Wish.STOP else Wish.NONE
         return self.life, self.failures
 
-    def offer_engine(self, node: str, engine: Any) -> None:
-        self.spare.setdefault(node, []).append(engine)
+    def begin_group(self, world_size: int) -> int:
+        """Ray Train has started its workers; returns the number of this start."""
+        self.group, self.room, self.seats, self.regroup = self.group + 1, world_size, [], False
+        return self.group
 
-    def take_engine(self, node: str) -> Any:
-        """An engine that waits on that machine, or None. It is ended with the life that takes it."""
-        engines = self.spare.get(node)
-        if not engines:
-            return None
-        self.taken.append(engines.pop(0))
-        return self.taken[-1]
+    def sit(self, group: int, seat: Any) -> None:
+        if group == self.group:
+            self.seats.append(seat)
+
+    def order(self, group: int) -> Any:
+        """What a seat of Ray Train's should do: "hold", "leave", or return the Outcome."""
+        return self.outcome or ("leave" if self.regroup or group != self.group else "hold")
+
+    def ask_regroup(self) -> None:
+        self.regroup = True
+
+    def finish(self, outcome: dict[str, Any]) -> None:
+        self.outcome = outcome
 
     def announce(self, life: int, event: dict[str, Any]) -> None:
         if life == self.life:
@@ -82,10 +97,10 @@ class Telemetry:
         self.wish = max(self.wish, wish) if wish else wish
         self.planned = self.planned or wish == Wish.RESIZE
 
-    def take(self) -> tuple[list[dict[str, Any]], int, int, int]:
-        """New events, how many there ever were, the current life and its last step."""
+    def take(self) -> "News":
         taken, self.events = self.events, []
-        return taken, self.announced, self.life, self.step
+        seats = tuple(self.seats) if len(self.seats) == self.room else None
+        return News(taken, self.announced, self.life, self.step, seats)
 
     def confirm(self, announced: int) -> None:
         self.confirmed = announced
@@ -155,8 +170,9 @@ class TelemetryClient:
             confirmed = ray.get(self.actor.counts.remote())[1]
 
     def close(self) -> None:
-        """Wait until the last state handed to `keep` has arrived."""
+        """Wait until all that was said and handed to `keep` has arrived: what comes after the next life has begun is not heard."""
         self.sender.shutdown()
+        ray.get(self.actor.counts.remote())
 
 
 def unpack(state: np.ndarray) -> "dict[str, Tensor]":

@@ -169,7 +169,7 @@ def write_checkpoint(
     """
     folder, step = Folder(folder), int(tensors["step"])
     for name in folder.entries():
-        if name.startswith(UNFINISHED) or (_step(name) is not None and MANIFEST not in (folder / name).entries()):
+        if name.startswith(UNFINISHED) or (step_of(name) is not None and MANIFEST not in (folder / name).entries()):
             folder.delete(name)
     manifest = json.dumps({"format": FORMAT, "step": step, **facts, "state_sha256": state_sha256(tensors)}, indent=2)
     if folder.is_local:
@@ -183,7 +183,7 @@ def write_checkpoint(
 def list_checkpoints(folder: Place) -> list[Folder]:
     """Finished checkpoints, oldest first. Raises OSError where the storage fails."""
     folder = Folder(folder)
-    steps = sorted(step for name in folder.entries() if (step := _step(name)) is not None)
+    steps = sorted(step for name in folder.entries() if (step := step_of(name)) is not None)
     found = [folder / f"step_{step}" for step in steps]
     return [checkpoint for checkpoint in found if MANIFEST in checkpoint.entries()]
 
@@ -258,7 +258,7 @@ def _write_remote(
 
 def _drop_old(folder: Folder, step: int, keep: int) -> None:
     written = list_checkpoints(folder)
-    ours = [checkpoint for checkpoint in written if (_step(checkpoint.name) or 0) <= step]
+    ours = [checkpoint for checkpoint in written if (step_of(checkpoint.name) or 0) <= step]
     kept = ours[-keep:] + _best(ours)
     for checkpoint in written:
         if checkpoint not in kept:
@@ -279,8 +279,8 @@ def _best(checkpoints: list[Folder]) -> list[Folder]:
     return best
 
 
-def _step(name: str) -> int | None:
-    """The N of step_N."""
+def step_of(name: str) -> int | None:
+    """The N of step_N; None for any other name."""
     match = re.fullmatch(r"step_(0|[1-9][0-9]*)", name)
     return int(match[1]) if match else None
 
