@@ -21,7 +21,7 @@ from massl_ray.benches.measure import machine
 
 EVENTS = ("add", "kill", "notice")
 NOTICE_S = 20.0
-SETTLED_STEPS = 8  # done at one world size before the next thing happens
+SETTLED_STEPS = 30  # done at one world size before the next thing happens: processes that wait have been started, too
 
 
 def run(device: torch.device, rounds: int = 1) -> dict[str, Any]:
