@@ -13,9 +13,9 @@ from PIL import Image
 from massl_ray.config import Config, keys, load, read_toml, validate
 from massl_ray.data import sources
 from massl_ray.errors import UserError
+from massl_ray.storage import Folder
 from massl_ray.training import run as module
 from massl_ray.training.run import FREE_TO_CHANGE, claim_directory, differing_keys, prepare_run, write_atomically, write_json
-from massl_ray.training.storage import Folder
 from tests.storages import in_memory
 
 

@@ -7,9 +7,9 @@ from pathlib import Path
 import fsspec
 import pytest
 
+from massl_ray import storage as module
 from massl_ray.errors import UserError
-from massl_ray.training import storage as module
-from massl_ray.training.storage import Folder, reason
+from massl_ray.storage import Folder, reason
 from tests.storages import in_memory, on_s3, s3_server
 
 
