@@ -8,10 +8,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from massl_ray.data import sources
-from massl_ray.data.sources import SUFFIXES, Listing, fault, hold_out, listing, open_source, probe
+from massl_ray.data import files, sources
+from massl_ray.data.files import SUFFIXES, by_folder
+from massl_ray.data.listing import Listing
+from massl_ray.data.sources import fault, hold_out, open_source, probe
 from massl_ray.errors import UserError
-from tests.helpers import make_images
+from massl_ray.storage import Folder
+from tests.helpers import listed, make_images, names
 
 
 def touch(folder: Path, *names: str) -> Path:
@@ -23,7 +26,7 @@ def touch(folder: Path, *names: str) -> Path:
 
 
 def found(folder: Path) -> list[str]:
-    return open_source(str(folder)).paths.tolist()
+    return names(open_source(str(folder)))
 
 
 # ---- what is found ---------------------------------------------------------------------------------------------------
@@ -50,8 +53,8 @@ def test_a_folder_that_is_named_like_an_image(tmp_path):
 )
 def test_any_name(tmp_path, name):
     images = open_source(str(touch(tmp_path, name, "zz.png")))
-    assert name in images.paths.tolist()
-    assert os.path.isfile(images.path(images.paths.tolist().index(name)))
+    assert name in names(images)
+    assert os.path.isfile(images.path(names(images).index(name)))
 
 
 def test_names_that_are_no_text(tmp_path):
@@ -86,15 +89,15 @@ def test_the_order_does_not_come_from_the_file_system(tmp_path, monkeypatch):
         def __exit__(self, *_):
             pass
 
-    monkeypatch.setattr(sources.os, "scandir", Backwards)
+    monkeypatch.setattr(files.os, "scandir", Backwards)
     assert found(tmp_path) == before == sorted(before)
 
 
 def test_the_demo_is_its_parts(monkeypatch, tmp_path):
     touch(tmp_path, "train/a/0.png", "test/b/1.png", "test/b/2.png")
     monkeypatch.setattr(sources, "demo_folder", lambda part: tmp_path / part)
-    assert open_source("demo").paths.tolist() == ["a/0.png"]
-    assert open_source("demo", "test").paths.tolist() == ["b/1.png", "b/2.png"]
+    assert names(open_source("demo")) == ["a/0.png"]
+    assert names(open_source("demo", "test")) == ["b/1.png", "b/2.png"]
 
 
 # ---- links -----------------------------------------------------------------------------------------------------------
@@ -129,7 +132,7 @@ def test_links_that_lead_nowhere_are_images_that_cannot_be_read(tmp_path):
     (tmp_path / "circle").symlink_to(tmp_path / "circle")
     (tmp_path / "nowhere").symlink_to(tmp_path / "missing")
     assert found(tmp_path) == ["a.png", "gone.png"]
-    assert "FileNotFoundError" in str(fault(str(tmp_path / "gone.png")))
+    assert "FileNotFoundError" in str(fault(open_source(str(tmp_path)), 1))
 
 
 def test_the_source_itself_may_be_a_link(tmp_path):
@@ -142,7 +145,7 @@ def test_the_source_itself_may_be_a_link(tmp_path):
 
 
 def test_class_folders():
-    images = listing("/images", ["cat/1.png", "cat/deep/2.png", "dog/3.png", "ape/4.png", "ape/5.png", "dog/cat/6.png"])
+    images = by_folder(Folder("/images"), ["cat/1.png", "cat/deep/2.png", "dog/3.png", "ape/4.png", "ape/5.png", "dog/cat/6.png"])
     assert images.classes == ("ape", "cat", "dog")
     assert images.labels.tolist() == [1, 1, 2, 0, 0, 2]
 
@@ -158,33 +161,33 @@ def test_class_folders():
     ],
 )
 def test_no_class_folders(paths):
-    images = listing("/images", paths)
-    assert images.labels is None and images.classes == () and images.paths.tolist() == paths
+    images = by_folder(Folder("/images"), paths)
+    assert images.labels is None and images.classes == () and names(images) == paths
 
 
 def test_two_images_a_class_are_enough():
-    assert listing("/images", ["a/1.png", "a/2.png", "a/3.png", "b/4.png"]).classes == ("a", "b")
+    assert by_folder(Folder("/images"), ["a/1.png", "a/2.png", "a/3.png", "b/4.png"]).classes == ("a", "b")
 
 
 def test_take_keeps_images_and_labels_together():
-    images = listing("/images", ["a/1.png", "a/2.png", "b/3.png", "b/4.png"])
+    images = by_folder(Folder("/images"), ["a/1.png", "a/2.png", "b/3.png", "b/4.png"])
     taken = images.take(np.array([3, 0]))
     assert [taken.path(0), taken.path(1)] == ["/images/b/4.png", "/images/a/1.png"]
     assert taken.labels.tolist() == [1, 0] and taken.classes == ("a", "b") and len(taken) == 2
-    assert listing("/images", ["1.png", "2.png"]).take(np.array([1])).labels is None
+    assert by_folder(Folder("/images"), ["1.png", "2.png"]).take(np.array([1])).labels is None
 
 
 # ---- what is refused -------------------------------------------------------------------------------------------------
 
 
 def test_a_missing_folder(tmp_path):
-    with pytest.raises(UserError, match=r"data\.source: there is no folder .*missing.*or 'demo'"):
+    with pytest.raises(UserError, match=r"data\.source: there is no folder or file .*missing.*or 'demo'"):
         open_source(str(tmp_path / "missing"))
 
 
-def test_a_file_instead_of_a_folder(tmp_path):
+def test_an_image_instead_of_a_folder(tmp_path):
     touch(tmp_path, "a.png")
-    with pytest.raises(UserError, match="there is no folder"):
+    with pytest.raises(UserError, match="a.png is neither a folder nor a text file with a path a line"):
         open_source(str(tmp_path / "a.png"))
 
 
@@ -203,8 +206,8 @@ def test_a_folder_that_cannot_be_searched(tmp_path, monkeypatch):
             raise PermissionError(13, "Permission denied", str(folder))
         return scandir(folder)
 
-    monkeypatch.setattr(sources.os, "scandir", refusing)
-    with pytest.raises(UserError, match=r"the folder .*closed cannot be searched \(Permission denied\)"):
+    monkeypatch.setattr(files.os, "scandir", refusing)
+    with pytest.raises(UserError, match=r"data\.source: .*closed cannot be read \(Permission denied\)\. Mend"):
         open_source(str(tmp_path))
 
 
@@ -222,7 +225,7 @@ def broken_ones(folder: Path, number: int, broken: int) -> Listing:
 @pytest.mark.parametrize(("broken", "share"), [(0, 0.01), (2, 0.1), (2, 0.2), (20, 1.0)])
 def test_probe_lets_pass_what_is_allowed(tmp_path, broken, share):
     images = broken_ones(tmp_path / "x", 20, broken)
-    assert sum(fault(images.path(sample)) is not None for sample in range(20)) == broken
+    assert sum(fault(images, sample) is not None for sample in range(20)) == broken
     probe(images, share)
 
 
@@ -242,8 +245,8 @@ def test_probe_of_nothing_that_can_be_read(tmp_path):
 
 def test_probe_tries_a_spread_out_few(monkeypatch):
     tried = []
-    monkeypatch.setattr(sources, "fault", lambda path: tried.append(path))
-    images = Listing("/images", np.array([str(number) for number in range(10_000)]), None, ())
+    monkeypatch.setattr(sources, "fault", lambda images, sample: tried.append(images.path(sample)))
+    images = listed("/images", map(str, range(10_000)))
     probe(images, 0.05)
     places = sorted(int(os.path.basename(path)) for path in tried)
     assert len(set(places)) == 256 and places[0] == 0 and places[-1] == 9999
@@ -258,10 +261,11 @@ def test_probe_tries_a_spread_out_few(monkeypatch):
 
 def test_fault(tmp_path):
     make_images(tmp_path / "x", 1)
-    (tmp_path / "bad.png").write_bytes(b"no image")
-    assert fault(str(tmp_path / "x" / "000.png")) is None
-    assert fault(str(tmp_path / "bad.png")) == "UnidentifiedImageError: cannot identify image file"
-    assert str(fault(str(tmp_path / "none.png"))).startswith("FileNotFoundError")
+    (tmp_path / "x" / "bad.png").write_bytes(b"no image")
+    images = listed(str(tmp_path / "x"), ["000.png", "bad.png", "none.png"])
+    assert fault(images, 0) is None
+    assert fault(images, 1) == "UnidentifiedImageError: cannot identify image file"
+    assert str(fault(images, 2)).startswith("FileNotFoundError")
 
 
 # ---- hold_out --------------------------------------------------------------------------------------------------------
@@ -270,24 +274,24 @@ def test_fault(tmp_path):
 @settings(deadline=None, max_examples=30)
 @given(size=st.integers(1, 500), share=st.floats(0.01, 0.9))
 def test_hold_out_splits_in_two_and_always_alike(size, share):
-    images = Listing("/images", np.array([f"{number:04d}" for number in range(size)]), np.arange(size) % 3, ("a", "b", "c"))
+    images = listed("/images", (f"{number:04d}" for number in range(size)), np.arange(size) % 3, ("a", "b", "c"))
     bank, queries = hold_out(images, share)
-    assert sorted([*bank.paths, *queries.paths]) == images.paths.tolist()
+    assert sorted([*names(bank), *names(queries)]) == names(images)
     for part in (bank, queries):
-        assert part.paths.tolist() == sorted(part.paths)
-        assert all(label == int(path) % 3 for path, label in zip(part.paths, part.labels, strict=True))
+        assert names(part) == sorted(names(part))
+        assert all(label == int(path) % 3 for path, label in zip(names(part), part.labels, strict=True))
     again = hold_out(images, share)
-    assert again[1].paths.tolist() == queries.paths.tolist()
+    assert names(again[1]) == names(queries)
 
 
 def test_hold_out_is_a_tenth_and_a_side_does_not_change_as_images_come_after():
-    few, many = (Listing("/images", np.array([f"{number:05d}" for number in range(size)]), None, ()) for size in (5000, 20_000))
-    queries = hold_out(few)[1].paths.tolist()
+    few, many = (listed("/images", (f"{number:05d}" for number in range(size))) for size in (5000, 20_000))
+    queries = names(hold_out(few)[1])
     assert len(queries) == pytest.approx(500, abs=4 * np.sqrt(5000 * 0.09))
-    assert queries == [path for path in hold_out(many)[1].paths.tolist() if int(path) < 5000]
+    assert queries == [path for path in names(hold_out(many)[1]) if int(path) < 5000]
 
 
 def test_hold_out_draws_from_its_own_key():
-    images = Listing("/images", np.arange(100).astype(str), None, ())
+    images = listed("/images", map(str, range(100)))
     draws = np.random.Generator(np.random.Philox(key=np.array([0, 7], dtype=np.uint64))).random(100)
-    assert hold_out(images, 0.3)[1].paths.tolist() == [str(number) for number in range(100) if draws[number] < 0.3]
+    assert names(hold_out(images, 0.3)[1]) == [str(number) for number in range(100) if draws[number] < 0.3]

@@ -197,7 +197,9 @@ def _chunks(names: Sequence[str], sizes: Sequence[Sequence[int]]) -> tuple[tuple
 def _mapped(folder: Folder, name: str) -> pa.Table:
     try:
         return pa.ipc.open_stream(pa.memory_map(str(folder.path / name))).read_all()
-    except pa.ArrowInvalid as error:
+    except FileNotFoundError:
+        raise
+    except (pa.ArrowInvalid, OSError) as error:
         raise OSError(f"{name} is no whole Arrow file: {_short(error)}") from None
 
 

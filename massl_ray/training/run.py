@@ -195,8 +195,8 @@ def _test_images(config: Config) -> Listing:
 def _same_classes(test: Listing, images: Listing) -> Listing:
     unknown = sorted(set(test.classes) - set(images.classes))
     if test.labels is None or unknown:
-        what = f"the class '{unknown[0]}', which data.source lacks" if unknown else "no class folders"
-        raise UserError(f"data.test_source: {test.root} has {what}. Its folders must be named as those of {images.root}.")
+        what = f"the class '{unknown[0]}', which data.source lacks" if unknown else "no labels"
+        raise UserError(f"data.test_source: {test.root} has {what}. Its classes must be named as those of {images.root}.")
     number = {name: index for index, name in enumerate(images.classes)}
     labels = [number[test.classes[label]] for label in test.labels]
     return replace(test, labels=np.array(labels, dtype=np.int64), classes=images.classes)
