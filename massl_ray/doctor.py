@@ -5,9 +5,13 @@ import os
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
+from typing import TYPE_CHECKING
 
 from massl_ray.config import load
 from massl_ray.errors import UserError
+
+if TYPE_CHECKING:
+    from massl_ray.data.examine import Report
 
 HELP = """usage: massl-ray doctor --data.source SOURCE [--json] [--section.key VALUE ...]
 
@@ -41,17 +45,22 @@ def examine(flags: Sequence[str], as_json: bool) -> int:
     for _ in counted((rows.append(row) or 1 for row in looks), len(images)):
         pass
     found = report(images, to_table(rows))
-    fails = len(found.broken) > config.data.max_skipped * found.images or found.images < 2
+    fault = why_training_stops(found, config.data.max_skipped)
     if as_json:
-        print(json.dumps(asdict(found) | {"fails": fails}, indent=2))
-        return int(fails)
-    print(describe(found))
-    if fails:
-        print(
-            f"Training would stop: {len(found.broken):,} of {found.images:,} images cannot be read, and data.max_skipped is "
-            f"{config.data.max_skipped:g}."
-        )
-    return int(fails)
+        print(json.dumps(asdict(found) | {"fails": fault is not None}, indent=2))
+    else:
+        print(describe(found))
+        if fault:
+            print(f"Training would stop: {fault}.")
+    return 1 if fault else 0
+
+
+def why_training_stops(found: "Report", max_skipped: float) -> str | None:
+    if found.images < 2:
+        return "it needs at least 2 images"
+    if len(found.broken) > max_skipped * found.images:
+        return f"{len(found.broken):,} of {found.images:,} images cannot be read, and data.max_skipped is {max_skipped:g}"
+    return None
 
 
 if __name__ == "__main__":
