@@ -1,20 +1,32 @@
 """Where images come from: what is found, in which order, with which labels, and what is refused before work starts."""
 
 import os
+import pickle
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from http.server import BaseHTTPRequestHandler, SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 from massl_ray.data import files, sources
+from massl_ray.data.decode import decode
 from massl_ray.data.files import SUFFIXES, by_folder
 from massl_ray.data.listing import Listing
+from massl_ray.data.making import read_or_next
 from massl_ray.data.sources import fault, hold_out, open_source, probe
 from massl_ray.errors import UserError
 from massl_ray.storage import Folder
-from tests.helpers import listed, make_images, names
+from tests.helpers import encoded, listed, make_images, names
+from tests.sources import KINDS, encoded_images, write_list, write_tar
+from tests.storages import in_memory, on_s3, s3_server
 
 
 def touch(folder: Path, *names: str) -> Path:
@@ -209,6 +221,191 @@ def test_a_folder_that_cannot_be_searched(tmp_path, monkeypatch):
     monkeypatch.setattr(files.os, "scandir", refusing)
     with pytest.raises(UserError, match=r"data\.source: .*closed cannot be read \(Permission denied\)\. Mend"):
         open_source(str(tmp_path))
+
+
+# ---- every kind of source --------------------------------------------------------------------------------------------
+
+
+IMAGES = encoded_images(8)
+
+
+def by_class(images: Listing) -> list[tuple[bytes, str]]:
+    return sorted((images.read(sample), images.classes[images.labels[sample]]) for sample in range(len(images)))
+
+
+EXPECTED = sorted((image, ("cat", "dog")[number % 2]) for number, image in enumerate(IMAGES))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_has_the_same_images(tmp_path, kind):
+    images = open_source(str(KINDS[kind](tmp_path, IMAGES)))
+    assert by_class(images) == EXPECTED and images.classes == ("cat", "dog")
+    assert by_class(pickle.loads(pickle.dumps(images))) == EXPECTED
+    again = open_source(str(KINDS[kind](tmp_path / "again", IMAGES)))
+    assert images.identity() == again.identity()  # wherever it lies
+    assert all(fault(images, sample) is None for sample in range(8))
+
+
+@pytest.fixture(scope="module")
+def s3():
+    with s3_server() as options:
+        yield options
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "saved"])
+@pytest.mark.parametrize("place", ["memory", "s3"])
+def test_every_kind_at_a_uri(tmp_path, request, kind, place):
+    there = in_memory() if place == "memory" else on_s3(request.getfixturevalue("s3"))
+    local = KINDS[kind](tmp_path, IMAGES)
+    for path in Folder(tmp_path).files():
+        there.upload(tmp_path / path, path)
+    address, mark, options = str(there).partition("?")
+    images = open_source(f"{address}/{local.relative_to(tmp_path)}{mark}{options}")
+    assert by_class(images) == EXPECTED
+    assert images.identity() == open_source(str(local)).identity()
+    assert images.path(0).startswith(address) and "?" not in images.path(0)
+    assert by_class(pickle.loads(pickle.dumps(images))) == EXPECTED
+
+
+def test_only_the_bytes_that_are_needed_are_fetched(tmp_path, s3):
+    """A member of a tar file at a URI is read by its place."""
+    there = on_s3(s3)
+    there.upload(write_tar(tmp_path / "a.tar", encoded_images(50, side=100)), "a.tar")
+    images = open_source(str(there))
+    assert len(images) == 50
+    with mock.patch.object(Folder, "read_bytes", autospec=True, side_effect=Folder.read_bytes) as read:
+        data = images.read(30)
+    ((_, name, offset, size), _) = read.call_args
+    assert (name, size) == ("a.tar", len(data)) and (tmp_path / "a.tar").read_bytes()[offset : offset + size] == data
+
+
+def test_a_saved_data_set_at_a_uri_is_refused(tmp_path):
+    there = in_memory()
+    there.write_text("state.json", "{}")
+    with pytest.raises(UserError, match="is a data set saved by Hugging Face, and those are read from a disk"):
+        open_source(str(there))
+
+
+@contextmanager
+def refusing_server() -> Iterator[str]:
+    """An S3 server that lets nobody in, as options of an s3:// URI."""
+
+    class Refuse(BaseHTTPRequestHandler):
+        def refuse(self):
+            body = b"<Error><Code>AccessDenied</Code><Message>Access Denied</Message></Error>"
+            self.send_response(403)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            if self.command != "HEAD":
+                self.wfile.write(body)
+
+        do_GET = do_HEAD = do_PUT = do_POST = refuse
+
+        def log_message(self, format, *args):
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Refuse) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"endpoint_override=127.0.0.1:{server.server_port}&scheme=http"
+        server.shutdown()
+
+
+@pytest.mark.parametrize("name", ["images", "*.png", "list.txt", "a.parquet", "a.tar"])
+def test_without_credentials(monkeypatch, name):
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    for variable in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_PROFILE"):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", "/nowhere")
+    with refusing_server() as options:
+        with pytest.raises(UserError) as caught:
+            open_source(f"s3://private/{name}?{options}")
+    message = str(caught.value)
+    assert message.startswith("data.source: s3://private") and "cannot be read (" in message and "\n" not in message
+    assert "ACCESS_DENIED" in message and message.endswith("Mend the address, its permissions or its credentials.")
+
+
+def test_an_unknown_scheme(tmp_path):
+    with pytest.raises(UserError, match=r"data\.source: nosuch://host/images cannot be read \(.*nosuch"):
+        open_source("nosuch://host/images")
+
+
+def test_http(tmp_path):
+    """A list and an archive on a web server."""
+    write_list(tmp_path / "list.txt", IMAGES)
+    write_tar(tmp_path / "images.tar", IMAGES)
+
+    class Quiet(SimpleHTTPRequestHandler):
+        def log_message(self, format, *args):
+            pass
+
+    handler = partial(Quiet, directory=str(tmp_path))
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        assert by_class(open_source(f"http://127.0.0.1:{server.server_port}/list.txt")) == EXPECTED
+        with pytest.raises(UserError, match="there is no folder or file http"):
+            open_source(f"http://127.0.0.1:{server.server_port}/gone.txt")
+        server.shutdown()
+
+
+# ---- what cannot be read ---------------------------------------------------------------------------------------------
+
+
+def bad_images(folder: Path) -> dict[str, str]:
+    """Files by name, and what is said of each."""
+    good = IMAGES[0]
+    contents = {"cut.png": good[:300], "empty.jpg": b"", "page.jpg": b"<html>", "noise.png": bytes(range(256)) * 9}
+    for name, data in contents.items():
+        (folder / name).write_bytes(data)
+    (folder / "gone.png").symlink_to(folder / "nowhere.png")
+    (folder / "closed.png").write_bytes(good)
+    (folder / "really a jpeg.png").write_bytes(encoded(Image.new("RGB", (40, 40), "red"), "JPEG"))
+    (folder / "z\nü 猫.png").write_bytes(good)
+    return {
+        "closed.png": "PermissionError: [Errno 13] Permission denied",
+        "cut.png": "OSError: ",
+        "empty.jpg": "UnidentifiedImageError: cannot identify image file",
+        "gone.png": "FileNotFoundError: ",
+        "noise.png": "UnidentifiedImageError: cannot identify image file",
+        "page.jpg": "UnidentifiedImageError: cannot identify image file",
+    }
+
+
+def test_what_cannot_be_read_is_named_and_the_next_is_taken(tmp_path, monkeypatch):
+    expected = bad_images(tmp_path)
+    read = Folder.read_bytes
+
+    def refusing(self, name="", *place):  # the tests may run as root, who may read anything
+        if name == "closed.png":
+            raise PermissionError(13, "Permission denied")
+        return read(self, name, *place)
+
+    monkeypatch.setattr(Folder, "read_bytes", refusing)
+    images = open_source(str(tmp_path))
+    assert names(images) == [*expected, "really a jpeg.png", "z\nü 猫.png"]
+    for sample, reason in enumerate(expected.values()):
+        assert str(fault(images, sample)).startswith(reason)
+        image, skipped = read_or_next(images, sample)
+        assert image.getpixel((0, 0))[0] > 250 and image.size == (40, 40)  # the red one
+        assert [line.partition(": ")[0] for line in skipped] == [f"{tmp_path}/{name}" for name in list(expected)[sample:]]
+    assert read_or_next(images, 7)[1] == []
+    (tmp_path / "z\nü 猫.png").unlink()  # it vanishes during the run
+    assert read_or_next(images, 7)[1][0].startswith(f"{tmp_path}/z\nü 猫.png: FileNotFoundError")
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read anything")
+def test_a_file_that_may_not_be_read(tmp_path):
+    (tmp_path / "closed.png").write_bytes(IMAGES[0])
+    (tmp_path / "closed.png").chmod(0)
+    assert str(fault(open_source(str(tmp_path)), 0)).startswith("PermissionError")
+
+
+@pytest.mark.parametrize("kind", ["parquet", "tar", "saved"])
+def test_broken_images_in_tables_and_archives_are_skipped_too(tmp_path, kind):
+    broken = [IMAGES[0], b"", IMAGES[2][:100], b"no image", IMAGES[4], IMAGES[5], IMAGES[6], IMAGES[7]]
+    images = open_source(str(KINDS[kind](tmp_path, broken)))
+    image, skipped = read_or_next(images, 1)
+    assert len(skipped) == 3 and skipped[0].startswith(f"{images.path(1)}: ")
+    np.testing.assert_array_equal(np.asarray(image), np.asarray(decode(IMAGES[4])))
 
 
 # ---- probe -----------------------------------------------------------------------------------------------------------
