@@ -186,13 +186,18 @@ Place = Folder | Path | str
 
 
 def reason(error: BaseException) -> str:
-    """An exception as part of a sentence: without the file name that the sentence already has, and without a full stop."""
+    """An exception as part of a sentence: in one line, without the file name that the sentence already has or a full stop."""
     text = getattr(error, "strerror", None) or str(error) or type(error).__name__
-    return text.strip().rstrip(".")
+    return " ".join(text.split()).rstrip(".")
+
+
+GCS_PATIENCE = "retry_limit_seconds=60"  # Arrow's own is a quarter of an hour, also where there are only no credentials
 
 
 @cache  # a connection a place, shared by all folders below it
 def _connect(root: str) -> tuple[FileSystem, str]:
+    if root.startswith(("gs://", "gcs://")) and "retry_limit_seconds" not in root:
+        root += ("&" if "?" in root else "?") + GCS_PATIENCE
     try:
         return FileSystem.from_uri(root)
     except ArrowInvalid as unknown:

@@ -111,7 +111,8 @@ class Recent:
 
     def __init__(self, limit: int):
         self.limit = limit
-        self.held: OrderedDict[Hashable, Any] = OrderedDict()
+        self.held: OrderedDict[Hashable, tuple[Any, int]] = OrderedDict()  # values and their bytes
+        self.size = 0
         self.lock = threading.Lock()
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -121,9 +122,10 @@ class Recent:
         """What `make` returned for `key`: something with `nbytes`."""
         with self.lock:
             if key not in self.held:
-                self.held[key] = make()
+                value = make()
+                self.held[key] = value, value.nbytes
+                self.size += value.nbytes
+                while self.size > self.limit and len(self.held) > 1:
+                    self.size -= self.held.popitem(last=False)[1][1]
             self.held.move_to_end(key)
-            size = sum(value.nbytes for value in self.held.values())
-            while size > self.limit and len(self.held) > 1:
-                size -= self.held.popitem(last=False)[1].nbytes
-            return self.held[key]
+            return self.held[key][0]
