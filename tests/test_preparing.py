@@ -34,9 +34,9 @@ def prepare(images: Listing, folder: Folder, rows: int = 4, max_side: int | None
 
 @pytest.fixture
 def source(tmp_path) -> Listing:
-    """Eleven images, the fourth broken and the last one a copy of the first."""
+    """Eleven images, the fifth broken and the last one a copy of the first."""
     folder = write_folder(tmp_path / "source", IMAGES)
-    (folder / "dog" / "003.png").write_bytes(b"no image")
+    (folder / "cat" / "004.png").write_bytes(b"no image")
     (folder / "cat" / "010.png").write_bytes(IMAGES[0])
     return open_source(str(folder))
 
@@ -50,14 +50,14 @@ def folder(request, tmp_path, monkeypatch) -> Folder:
 def test_everything_that_can_be_read_is_there(source, folder):
     prepare(source, folder)
     images = open_source(str(folder))
-    kept = [sample for sample in range(11) if not source.name(sample).endswith("003.png")]
+    kept = [sample for sample in range(11) if not source.name(sample).endswith("004.png")]
     assert names(images) == [source.name(sample) for sample in kept]
     assert [images.read(place) for place in range(10)] == [source.read(sample) for sample in kept]
     assert images.labels.tolist() == source.labels[kept].tolist() and images.classes == source.classes
     assert [images.path(place) for place in range(10)] == [source.path(sample) for sample in kept]
     assert folder.entries() == ["index.arrow", "manifest.json", "report.json", *(f"shard-0000{part}.arrow" for part in range(3))]
     found = json.loads(folder.read_text("report.json"))
-    assert [each["path"] for each in found["broken"]] == [f"{source.root}/dog/003.png"]
+    assert [each["path"] for each in found["broken"]] == [f"{source.root}/cat/004.png"]
     assert found["duplicates"] == [[f"{source.root}/cat/000.png", f"{source.root}/cat/010.png"]]
 
 
@@ -151,9 +151,9 @@ def test_small_images_stay_as_they_are():
 )
 def test_large_ones_are_shrunk(kind, expected):
     image = photograph(160, 90)
-    with Image.open(io.BytesIO(shrunk(b"", image.copy(), 64, kind))) as small:
-        assert small.format == expected and small.size == (64, 36)
-        reference = np.asarray(image.resize((64, 36), Image.Resampling.LANCZOS), dtype=float)
+    with Image.open(io.BytesIO(shrunk(b"", image.copy(), 100, kind))) as small:
+        assert small.format == expected and small.size == (100, 56)
+        reference = np.asarray(image.resize((100, 56), Image.Resampling.LANCZOS), dtype=float)
         assert np.abs(np.asarray(small, dtype=float) - reference).mean() < 3
 
 

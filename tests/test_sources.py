@@ -25,7 +25,7 @@ from massl_ray.data.sources import fault, hold_out, open_source, probe
 from massl_ray.errors import UserError
 from massl_ray.storage import Folder
 from tests.helpers import encoded, listed, make_images, names
-from tests.sources import KINDS, encoded_images, write_list, write_tar
+from tests.sources import KINDS, encoded_images, write_list, write_parquet, write_tar
 from tests.storages import in_memory, on_s3, s3_server
 
 
@@ -244,6 +244,16 @@ def test_every_kind_has_the_same_images(tmp_path, kind):
     again = open_source(str(KINDS[kind](tmp_path / "again", IMAGES)))
     assert images.identity() == again.identity()  # wherever it lies
     assert all(fault(images, sample) is None for sample in range(8))
+
+
+def test_of_a_folder_with_several_kinds_images_come_first_then_tables(tmp_path):
+    write_tar(tmp_path / "a.tar", IMAGES)
+    assert names(open_source(str(tmp_path)))[0] == "a.tar/000000.png"
+    write_parquet(tmp_path / "b.parquet", IMAGES)
+    assert names(open_source(str(tmp_path)))[0] == "b.parquet:0"
+    (tmp_path / "manifest.json").write_text("{}")  # anybody's
+    touch(tmp_path, "z/c.png")
+    assert found(tmp_path) == ["z/c.png"]
 
 
 @pytest.fixture(scope="module")
