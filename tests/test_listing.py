@@ -17,6 +17,7 @@ class Numbers:
 
     size: int
     root: str = "/numbers"
+    starts: None = None
 
     def __len__(self) -> int:
         return self.size

@@ -17,6 +17,7 @@ from massl_ray.storage import Folder
 from massl_ray.training import run as module
 from massl_ray.training.run import FREE_TO_CHANGE, claim_directory, differing_keys, prepare_run, write_atomically, write_json
 from tests.helpers import names
+from tests.sources import encoded_images, write_parquet
 from tests.storages import in_memory
 
 
@@ -97,6 +98,15 @@ def test_relative_directory_becomes_absolute(plain, monkeypatch):
 
 def test_nothing_is_written_before_the_directory_is_claimed(plain):
     assert not prepare_run(config(plain)).dir.exists()
+
+
+def test_windows_are_shards(tmp_path, plain):
+    source = write_parquet(tmp_path / "images.parquet", encoded_images(10), row_group=4)
+    windows = prepare_run(config(source, data={"window": 2})).images.windows
+    assert windows and windows.width == 2 and windows.starts.tolist() == [0, 4, 8, 10]
+    assert prepare_run(config(source)).images.windows is None
+    with pytest.raises(UserError, match="data.window is 2 shards, but every image in .*plain is a file: leave it out"):
+        prepare_run(config(plain, data={"window": 2}))
 
 
 # ---- the same directory again ----------------------------------------------------------------------------------------

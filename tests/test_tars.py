@@ -29,7 +29,7 @@ def test_samples_and_labels(tmp_path):
     assert names(images) == ["a.tar/s1.jpg", "a.tar/s2.PNG", "b.tar/s1.webp"]
     assert [images.read(sample) for sample in range(3)] == [b"one", b"two", b"three"]
     assert images.classes == ("7", "10") and images.labels.tolist() == [0, 1, 0]
-    assert images.path(2) == f"{tmp_path}/b.tar/s1.webp"
+    assert images.path(2) == f"{tmp_path}/b.tar/s1.webp" and images.store.starts.tolist() == [0, 2, 3]
 
 
 def test_a_sample_without_a_label_leaves_all_without(tmp_path):

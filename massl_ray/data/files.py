@@ -22,6 +22,7 @@ class Files:
 
     folder: Folder
     names_held: pa.LargeBinaryArray  # (n,) below the folder, or whole paths and URIs; any bytes that the file system takes
+    starts: None = None
 
     @property
     def root(self) -> str:

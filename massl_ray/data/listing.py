@@ -11,6 +11,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from massl_ray.data.order import Windows
+
 
 class Store(Protocol):
     """What images lie in. A plain value: sent to tasks pickled, so it holds no open files and is small beside the images."""
@@ -18,6 +20,12 @@ class Store(Protocol):
     @property
     def root(self) -> str:
         """Where it is, for people."""
+        ...
+
+    @property
+    def starts(self) -> np.ndarray | None:
+        """(shards + 1,) int64: places at which files, or what else is best read together, begin, and the number of places. None
+        where every image is a file."""
         ...
 
     def __len__(self) -> int: ...
@@ -43,6 +51,7 @@ class Listing:
     labels: np.ndarray | None = None  # (n,) int64 into classes
     classes: tuple[str, ...] = ()
     places: np.ndarray | None = None  # (n,) int64 into the store; None: all of it, in its order
+    windows: Windows | None = None  # in which training shuffles; None: all at once
 
     def __len__(self) -> int:
         return len(self.store) if self.places is None else len(self.places)

@@ -28,7 +28,7 @@ class ViewMaker:
         passed over for each, as "path: reason" separated by NUL, which no path has."""
         step, place = np.divmod(rows["id"], self.share)
         positions = (step + self.start_step) * self.batch_size + self.first + place
-        epochs, samples = samples_at(positions, len(self.images), self.seed)
+        epochs, samples = samples_at(positions, len(self.images), self.seed, self.images.windows)
         made = [self._views(int(epoch), int(sample)) for epoch, sample in zip(epochs, samples, strict=True)]
         return {
             "global_views": np.stack([global_views for global_views, _, _ in made]),

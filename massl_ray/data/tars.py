@@ -33,6 +33,10 @@ class Tars:
     def root(self) -> str:
         return str(self.folder).partition("?")[0]
 
+    @property
+    def starts(self) -> np.ndarray:
+        return np.searchsorted(self.shard_of, np.arange(len(self.shards) + 1))
+
     def __len__(self) -> int:
         return len(self.members)
 

@@ -12,6 +12,7 @@ import numpy as np
 from massl_ray.config import Config, Resolved, decided_as, fill, keys, parse_toml, resolve, to_toml, validate
 from massl_ray.data.demo import cache_folder
 from massl_ray.data.listing import Listing
+from massl_ray.data.order import Windows
 from massl_ray.data.sources import hold_out, open_source, probe
 from massl_ray.errors import UserError
 from massl_ray.method.network import check_backbone
@@ -75,6 +76,7 @@ def prepare_run(config: Config) -> Run:
     if earlier:
         config = decided_as(earlier, config)
     images = open_source(config.data.source, cache_gb=config.data.cache_gb)
+    images = _windowed(images, config.data.window)
     probe(images, config.data.max_skipped)
     resolved = resolve(config, len(images))
     filled = fill(config, resolved)
@@ -164,6 +166,16 @@ def _check_same(run: Run, earlier: Config) -> None:
             f"data.source: {run.images.root} no longer holds the images that the run in {run.folder} began with: "
             f"{before['count']:,} then, {names}. Put them back, or choose another --run.dir."
         )
+
+
+def _windowed(images: Listing, width: int) -> Listing:
+    if not width:
+        return images
+    if images.store.starts is None:
+        raise UserError(
+            f"data.window is {width} shards, but every image in {images.root} is a file: leave it out, or massl-ray prepare them."
+        )
+    return replace(images, windows=Windows(images.store.starts, width))
 
 
 def _knn_sides(config: Config, images: Listing) -> tuple[Listing | None, Listing | None]:
