@@ -6,6 +6,8 @@ from collections.abc import Sequence
 
 COMMANDS = {
     "train": "pretrain a backbone on a folder of images",
+    "doctor": "look at every image before training does",
+    "prepare": "write any source of images into shards that are read fast",
     "report": "write report.html anew from a run directory",
     "inspect": "say what a checkpoint holds, and whether it is whole",
     "bench": "measure ours beside a reference on this machine",

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from massl_ray.errors import UserError
-from massl_ray.training.storage import Folder
+from massl_ray.storage import Folder
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -38,7 +38,8 @@ def train(argv: Sequence[str], started: float) -> int:
 
 
 def _train(run: "Run", started: float, lost: threading.Event) -> int:
-    from massl_ray.on_ray.launch import Stopped, cluster, run_workers
+    from massl_ray.on_ray.cluster import cluster
+    from massl_ray.on_ray.launch import Stopped, run_workers
     from massl_ray.reporting.console import Console
     from massl_ray.reporting.html import write_report
     from massl_ray.reporting.recorder import RunRecorder

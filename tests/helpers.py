@@ -1,6 +1,7 @@
 """Plain functions that several tests share."""
 
 import io
+from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 
@@ -8,6 +9,9 @@ import numpy as np
 from PIL import Image
 
 from massl_ray.config import load
+from massl_ray.data.files import files
+from massl_ray.data.listing import Listing
+from massl_ray.storage import Folder
 from massl_ray.training.run import Run, claim_directory, prepare_run
 from tests.images import TINY
 
@@ -44,6 +48,16 @@ def make_images(folder: Path, number: int) -> Path:
     for index in range(number):
         Image.fromarray(random.integers(0, 256, (20, 20, 3), dtype=np.uint8)).save(folder / f"{index:03d}.png")
     return folder
+
+
+def listed(root: str, names: Iterable[str], labels: np.ndarray | None = None, classes: tuple[str, ...] = ()) -> Listing:
+    """Files that need not be there."""
+    return Listing(files(Folder(root), names), labels, classes)
+
+
+def names(images: Listing | None) -> list[str]:
+    assert images is not None
+    return [images.name(sample) for sample in range(len(images))]
 
 
 def tiny_run(source: Path, run_dir: Path, *flags: str) -> Run:

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 
 import pytest
 
-from massl_ray.training.storage import Folder, _connect
+from massl_ray.storage import Folder, _connect
 
 
 def in_memory() -> Folder:

@@ -17,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from massl_ray.storage import Folder
 from massl_ray.training import checkpoint as module
 from massl_ray.training.checkpoint import (
     MANIFEST,
@@ -31,7 +32,6 @@ from massl_ray.training.checkpoint import (
     write_checkpoint,
 )
 from massl_ray.training.state import state_sha256
-from massl_ray.training.storage import Folder
 from tests.storages import in_memory, on_s3, s3_server
 
 

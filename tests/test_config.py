@@ -201,6 +201,8 @@ READ_ELSEWHERE = {
     "run.dir": ("training/run.py", "config.run.dir"),
     "data.source": ("training/run.py", "config.data.source"),
     "data.test_source": ("training/run.py", "config.data.test_source"),
+    "data.cache_gb": ("training/run.py", "config.data.cache_gb"),
+    "data.window": ("training/run.py", "config.data.window"),
     "data.max_skipped": ("training/loop.py", "config.data.max_skipped"),
     "train.device": ("on_ray/layout.py", "config.train.device"),
     "train.threads": ("on_ray/life.py", "config.train.threads"),

@@ -94,7 +94,7 @@ def test_plan_without_classes(tmp_path, capsys):
     run = tiny_run(make_images(tmp_path / "images", 10), tmp_path / "run", "--train.steps", "5")
     Console(run, SkippedImages(tmp_path)).plan()
     out = capsys.readouterr().out
-    assert f"10 in {run.images.root}, no class folders, so no k-NN" in out and "5 of 8 images (4.0 epochs)" in out
+    assert f"10 in {run.images.root}, no labels, so no k-NN" in out and "5 of 8 images (4.0 epochs)" in out
 
 
 def test_started(said):

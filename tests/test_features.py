@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 from massl_ray.config import Config, validate
 from massl_ray.data.decode import read
-from massl_ray.data.sources import Listing, open_source
+from massl_ray.data.listing import Listing
+from massl_ray.data.sources import open_source
 from massl_ray.evaluation import features as module
 from massl_ray.evaluation.features import backbone_features, pixel_features
 from massl_ray.method.views import center_view
@@ -129,7 +130,7 @@ def test_none_can_be_read(images):
 
 
 def test_without_labels(images):
-    bare = Listing(images.root, images.paths, None, ())
+    bare = Listing(images.store)
     assert pixel_features(bare).labels is None
     assert torch.equal(pixel_features(bare).rows, pixel_features(images).rows)
 

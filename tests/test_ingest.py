@@ -4,13 +4,14 @@ import numpy as np
 import pytest
 
 from massl_ray.config import load
-from massl_ray.data.decode import read
+from massl_ray.data.decode import decode, read
 from massl_ray.data.making import read_or_next
-from massl_ray.data.order import samples_at, step_positions
+from massl_ray.data.order import Windows, samples_at, step_positions
 from massl_ray.method.views import make_views
 from massl_ray.on_ray.ingest import start_now, stream_views
 from massl_ray.training.run import prepare_run
 from tests.images import TINY
+from tests.sources import encoded_images, write_parquet
 
 pytestmark = pytest.mark.ray
 
@@ -57,6 +58,20 @@ def test_a_long_run_is_a_chain_of_datasets(ray_cluster, run, monkeypatch):
     for step, views in enumerate(stream_views(run, 0, 1, 2, tasks=2), start=2):
         np.testing.assert_array_equal(views.global_views.numpy(), expected_views(run, step)[0])
     assert step == 7
+
+
+def test_windows_of_shards(ray_cluster, tmp_path):
+    """Each image comes at the place of an order that stays within two row groups at a time."""
+    images = encoded_images(48)
+    source = write_parquet(tmp_path / "images.parquet", images, row_group=8)
+    flags = ["--data.source", str(source), "--run.dir", str(tmp_path / "run"), "--train.steps", "6", "--data.window", "2"]
+    run = prepare_run(load([*TINY, *flags]))
+    epochs, samples = samples_at(np.arange(48), 48, 0, Windows(np.arange(0, 49, 8), 2))
+    assert [len(set(samples[first : first + 16] // 8)) for first in (0, 16, 32)] == [2, 2, 2]
+    streamed = np.concatenate([views.global_views.numpy() for views in stream_views(run, 0, 1, 0, tasks=2)])
+    for place, sample in enumerate(samples):
+        made, _ = make_views(decode(images[sample]), run.config.views, seed=0, epoch=0, sample=int(sample))
+        np.testing.assert_array_equal(streamed[place], made)
 
 
 def test_unreadable_images_are_passed_over_by_rule(ray_cluster, run):

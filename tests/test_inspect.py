@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from massl_ray import inspect
+from massl_ray.storage import Folder
 from massl_ray.training.checkpoint import MANIFEST, STATE, write_checkpoint
 from massl_ray.training.state import state_sha256
-from massl_ray.training.storage import Folder
 from tests.storages import in_memory
 
 FACTS = {

@@ -14,9 +14,9 @@ from contextlib import contextmanager
 import pytest
 
 from massl_ray.errors import UserError
+from massl_ray.storage import Folder
 from massl_ray.training import lock as module
 from massl_ray.training.lock import LOCK, hold
-from massl_ray.training.storage import Folder
 from tests.storages import in_memory, on_s3, s3_server
 
 SOON_S = 60.0

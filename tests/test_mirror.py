@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from massl_ray.storage import Folder
 from massl_ray.training.mirror import Mirror
-from massl_ray.training.storage import Folder
 from tests.storages import in_memory, on_s3, s3_server
 
 SMALL = ["config.toml", "eval/knn_step_4.json", "metrics.jsonl", "tensorboard/deep/events.0"]

@@ -4,14 +4,15 @@ import numpy as np
 import pytest
 import torch
 
-from massl_ray.data.sources import Listing
+from massl_ray.data.listing import Listing
 from massl_ray.evaluation.features import Features
 from massl_ray.evaluation.neighbours import nearest_neighbours
+from tests.helpers import listed
 
 
 def images(size: int, labelled: bool = True) -> Listing:
     labels = np.arange(size) % 3 if labelled else None
-    return Listing("/images", np.array([f"{index}.png" for index in range(size)]), labels, ("a", "b", "c") if labelled else ())
+    return listed("/images", (f"{index}.png" for index in range(size)), labels, ("a", "b", "c") if labelled else ())
 
 
 def random_features(listing: Listing, samples: list[int], dims: int = 6) -> Features:

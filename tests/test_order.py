@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import chisquare
 
-from massl_ray.data.order import ROUNDS, samples_at, step_positions, worker_share
+from massl_ray.data.order import ROUNDS, Windows, samples_at, step_positions, worker_share
 from massl_ray.keyed import Stream, generator
 
 WORD = 2**64 - 1
@@ -114,3 +114,65 @@ def test_shares_partition_the_batch_evenly(world_size, micro_batches):
     assert [place for first, last in shares for place in range(first, last)] == list(range(micro_batches))
     sizes = [last - first for first, last in shares]
     assert max(sizes) - min(sizes) <= 1
+
+
+# ---- windows ---------------------------------------------------------------------------------------------------------
+
+shard_sizes = st.lists(st.integers(0, 40), min_size=1, max_size=30).filter(any)
+
+
+def windows_of(sizes: list[int], width: int) -> Windows:
+    return Windows(np.cumsum([0, *sizes]), width)
+
+
+@settings(deadline=None, max_examples=100)
+@given(sizes=shard_sizes, width=st.integers(1, 40), seed=st.integers(0, 2**63 - 1), epoch=st.integers(0, 10**6))
+def test_in_windows_too_every_epoch_takes_every_sample_once(sizes, width, seed, epoch):
+    size = sum(sizes)
+    epochs, samples = samples_at(np.arange(size) + epoch * size, size, seed, windows_of(sizes, width))
+    assert np.array_equal(np.sort(samples), np.arange(size)) and (epochs == epoch).all()
+
+
+@settings(deadline=None, max_examples=100)
+@given(sizes=shard_sizes, width=st.integers(1, 40), seed=st.integers(0, 1000))
+def test_a_window_is_whole_shards_and_no_more_than_its_width(sizes, width, seed):
+    windows = windows_of(sizes, width)
+    samples = samples_at(np.arange(sum(sizes)), sum(sizes), seed, windows)[1]
+    shards = np.searchsorted(windows.starts, samples, "right") - 1
+    seen, place = [], 0
+    while place < len(samples):  # take shards until they are used up: never more than `width` that have something left
+        held: list[int] = []
+        left = 0
+        while place < len(samples) and (left or not held):
+            shard = int(shards[place])
+            if shard not in held:
+                held.append(shard)
+                left += sizes[shard]
+            left -= 1
+            place += 1
+        assert len(held) <= width
+        seen += held
+    assert sorted(seen) == [shard for shard, size in enumerate(sizes) if size]
+
+
+@settings(deadline=None, max_examples=50)
+@given(sizes=shard_sizes, width=st.integers(1, 8), data=st.data())
+def test_in_windows_it_is_the_same_however_it_is_sliced(sizes, width, data):
+    size, windows = sum(sizes), windows_of(sizes, width)
+    whole = samples_at(np.arange(3 * size), size, 5, windows)
+    asked = np.array(data.draw(st.lists(st.integers(0, 3 * size - 1), min_size=1, max_size=50)))
+    for before, now in zip(whole, samples_at(asked, size, 5, windows), strict=True):
+        assert np.array_equal(before[asked], now)
+
+
+def test_windows_differ_by_epoch_and_seed_and_inside():
+    windows = windows_of([50] * 20, 4)
+    orders = [samples_at(np.arange(1000) + epoch * 1000, 1000, seed, windows)[1] for seed in (0, 1) for epoch in (0, 1)]
+    for first in range(4):
+        for second in range(first):
+            assert np.mean(orders[first] == orders[second]) < 0.02
+            assert set(orders[first][:200] // 50) != set(orders[second][:200] // 50)
+    for order in orders:  # within a window images of a shard do not stay together, and no two windows are shuffled alike
+        assert np.mean(np.diff(order[:200] // 50) == 0) == pytest.approx(0.25, abs=0.12)
+    ranks = [np.argsort(np.argsort(orders[0][first : first + 200])) for first in range(0, 1000, 200)]
+    assert all(np.mean(ranks[a] == ranks[b]) < 0.1 for a in range(5) for b in range(a))

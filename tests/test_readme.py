@@ -36,7 +36,14 @@ def test_every_command_is_known_to_a_test():
         "massl-ray train --preset vit_small --data.source DIR --run.dir runs/vit_small",
         "ray job submit --working-dir . -- python -m massl_ray.train --preset demo",  # test_train.test_ray_job
     ]
-    assert re.findall(r"^\| `massl-ray (\w+)", README, flags=re.MULTILINE) == ["train", "report", "inspect", "bench"]
+    assert re.findall(r"^\| `massl-ray (\w+)", README, flags=re.MULTILINE) == [
+        "train",
+        "doctor",
+        "prepare",
+        "report",
+        "inspect",
+        "bench",
+    ]
 
 
 @pytest.mark.ray

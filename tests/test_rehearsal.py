@@ -2,16 +2,15 @@
 
 from unittest import mock
 
-import numpy as np
 import pytest
 import torch
 
 from massl_ray.config import Config, resolve, validate
-from massl_ray.data.sources import Listing
 from massl_ray.training import rehearsal
 from massl_ray.training.collectives import Local
 from massl_ray.training.run import Run
 from massl_ray.training.state import build_state, state_sha256, to_tensors
+from tests.helpers import listed
 
 
 @pytest.fixture(autouse=True)
@@ -36,7 +35,7 @@ def config(backbone: str, num_local: int) -> Config:
 
 
 def run_of(settings: Config) -> Run:
-    return Run(settings, resolve(settings, 60), Listing("", np.array([], dtype=str), None, ()), None, None)
+    return Run(settings, resolve(settings, 60), listed("", []), None, None)
 
 
 @pytest.mark.parametrize(("backbone", "num_local"), [("test_vit", 2), ("test_resnet", 2), ("test_resnet", 0)])

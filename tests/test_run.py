@@ -13,9 +13,11 @@ from PIL import Image
 from massl_ray.config import Config, keys, load, read_toml, validate
 from massl_ray.data import sources
 from massl_ray.errors import UserError
+from massl_ray.storage import Folder
 from massl_ray.training import run as module
 from massl_ray.training.run import FREE_TO_CHANGE, claim_directory, differing_keys, prepare_run, write_atomically, write_json
-from massl_ray.training.storage import Folder
+from tests.helpers import names
+from tests.sources import encoded_images, write_parquet
 from tests.storages import in_memory
 
 
@@ -75,7 +77,7 @@ def test_every_auto_is_filled_in(plain):
     assert written["loss.teacher_temp_epochs"] == pytest.approx(0.32)
     assert [key for key, value in written.items() if value == "auto"] == ["train.device", "elastic.max_workers"]
     assert (run.resolved.dataset_size, run.resolved.steps, run.resolved.batch_size) == (10, 8, 4)
-    assert run.images.paths.tolist() == [f"{index:03d}.png" for index in range(10)]
+    assert names(run.images) == [f"{index:03d}.png" for index in range(10)]
 
 
 def test_directory_is_laid_out(plain):
@@ -96,6 +98,15 @@ def test_relative_directory_becomes_absolute(plain, monkeypatch):
 
 def test_nothing_is_written_before_the_directory_is_claimed(plain):
     assert not prepare_run(config(plain)).dir.exists()
+
+
+def test_windows_are_shards(tmp_path, plain):
+    source = write_parquet(tmp_path / "images.parquet", encoded_images(10), row_group=4)
+    windows = prepare_run(config(source, data={"window": 2})).images.windows
+    assert windows and windows.width == 2 and windows.starts.tolist() == [0, 4, 8, 10]
+    assert prepare_run(config(source)).images.windows is None
+    with pytest.raises(UserError, match="data.window is 2 shards, but every image in .*plain is a file: leave it out"):
+        prepare_run(config(plain, data={"window": 2}))
 
 
 # ---- the same directory again ----------------------------------------------------------------------------------------
@@ -232,6 +243,7 @@ def test_only_these_settings_are_free():
     free = [key for key in keys(validate({})) if key.startswith(FREE_TO_CHANGE)]
     assert free == [
         "run.dir",
+        "data.cache_gb",
         "data.max_skipped",
         "train.epochs",
         "train.steps",
@@ -305,16 +317,16 @@ def test_more_workers_than_micro_batches_are_refused(plain):
 def test_without_classes_there_are_no_sides(plain):
     run = prepare_run(config(plain))
     assert run.bank is None and run.queries is None
-    with pytest.raises(UserError, match="data.test_source is given, but .*plain has no class folders"):
+    with pytest.raises(UserError, match="data.test_source is given, but .*plain has no labels"):
         prepare_run(config(plain, data={"test_source": str(plain)}))
 
 
 def test_a_tenth_is_held_out(tmp_path):
     run = prepare_run(config(write_classes(tmp_path / "images", cat=20, dog=20)))
     held_out = [23, 25, 36]  # of the first 40 draws of the keyed stream, those under a tenth
-    assert run.queries.paths.tolist() == [run.images.paths[i] for i in held_out]
+    assert names(run.queries) == [run.images.name(i) for i in held_out]
     assert run.queries.labels.tolist() == [1, 1, 1]
-    assert run.bank.paths.tolist() == [path for i, path in enumerate(run.images.paths) if i not in held_out]
+    assert names(run.bank) == [path for i, path in enumerate(names(run.images)) if i not in held_out]
     assert len(run.images) == 40  # training sees all
 
 
@@ -336,13 +348,13 @@ def test_test_source_is_numbered_by_the_training_classes(tmp_path):
 def test_unknown_class_in_test_source_is_refused(tmp_path):
     source = write_classes(tmp_path / "images", cat=3, dog=2)
     test = write_classes(tmp_path / "test", cat=2, zebra=3)
-    with pytest.raises(UserError, match="test has the class 'zebra', which data.source lacks. Its folders must be named as"):
+    with pytest.raises(UserError, match="test has the class 'zebra', which data.source lacks. Its classes must be named as"):
         prepare_run(config(source, data={"test_source": str(test)}))
 
 
 def test_test_source_without_classes_is_refused(tmp_path, plain):
     source = write_classes(tmp_path / "images", cat=3, dog=2)
-    with pytest.raises(UserError, match="data.test_source: .*plain has no class folders"):
+    with pytest.raises(UserError, match="data.test_source: .*plain has no labels"):
         prepare_run(config(source, data={"test_source": str(plain)}))
 
 
@@ -350,7 +362,7 @@ def test_large_sides_are_thinned_evenly(tmp_path):
     source = write_classes(tmp_path / "images", cat=4, dog=5)
     test = write_classes(tmp_path / "test", cat=2, dog=2)
     run = prepare_run(config(source, data={"test_source": str(test)}, eval={"max_images": 5}))
-    assert run.bank.paths.tolist() == [run.images.paths[i] for i in (0, 2, 4, 6, 8)]
+    assert names(run.bank) == [run.images.name(i) for i in (0, 2, 4, 6, 8)]
     assert run.bank.labels.tolist() == [0, 0, 1, 1, 1]
     assert len(run.queries) == 4
 

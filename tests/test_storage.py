@@ -7,9 +7,9 @@ from pathlib import Path
 import fsspec
 import pytest
 
+from massl_ray import storage as module
 from massl_ray.errors import UserError
-from massl_ray.training import storage as module
-from massl_ray.training.storage import Folder, reason
+from massl_ray.storage import Folder, reason
 from tests.storages import in_memory, on_s3, s3_server
 
 
@@ -46,6 +46,24 @@ def test_files_go_there_and_back(folder, tmp_path):
     assert (tmp_path / "new" / "back").read_bytes() == data
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["back"]
     assert (tmp_path / "here").read_bytes() == data
+
+
+def test_bytes_of_a_file_and_of_a_part_of_it(folder):
+    folder.write_text("deep/a b.txt", "0123456789")
+    assert folder.read_bytes("deep/a b.txt") == (folder / "deep/a b.txt").read_bytes() == b"0123456789"
+    assert folder.read_bytes("deep/a b.txt", 3, 4) == b"3456" and folder.read_bytes("deep/a b.txt", 8) == b"89"
+    assert folder.read_bytes("deep/a b.txt", 8, 5) == b"89"
+    with folder.open_file("deep/a b.txt") as file:
+        assert file.size() == 10 and file.seek(5) == 5 and file.read(2) == b"56"
+    for read in (lambda: folder.read_bytes("gone"), lambda: folder.read_bytes("gone", 1, 1)):
+        with pytest.raises(FileNotFoundError):
+            read()
+
+
+def test_kinds_and_parents(folder):
+    folder.write_text("deep/file", "")
+    assert (folder.kind("deep"), folder.kind("deep/file"), folder.kind("gone"), folder.kind()) == ("folder", "file", None, "folder")
+    assert (folder / "deep").parent == folder and (folder / "deep" / "file").kind() == "file"
 
 
 def test_listing(folder):
@@ -172,3 +190,19 @@ def test_a_local_write_is_on_disk_before_it_is_renamed(tmp_path, monkeypatch):
 def test_reasons_fit_into_a_sentence():
     assert reason(OSError(28, "No space left on device", "/x")) == "No space left on device"
     assert reason(ValueError("It broke.")) == "It broke" and reason(KeyError()) == "KeyError"
+
+
+@pytest.mark.parametrize(
+    ("uri", "asked"),
+    [
+        ("gs://bucket", "gs://bucket?retry_limit_seconds=60"),
+        ("gs://bucket?anonymous=true", "gs://bucket?anonymous=true&retry_limit_seconds=60"),
+        ("gs://bucket?retry_limit_seconds=5", "gs://bucket?retry_limit_seconds=5"),
+        ("s3://bucket", "s3://bucket"),
+    ],
+)
+def test_google_is_not_waited_for_a_quarter_of_an_hour(monkeypatch, uri, asked):
+    seen = []
+    monkeypatch.setattr(module, "FileSystem", type("Fake", (), {"from_uri": staticmethod(seen.append)}))
+    module._connect.__wrapped__(uri)
+    assert seen == [asked]

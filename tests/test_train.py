@@ -32,7 +32,7 @@ def refused(capsys, tmp_path):
 
 
 def test_missing_folder(refused, tmp_path):
-    assert f"there is no folder {tmp_path / 'nowhere'}" in refused("--data.source", str(tmp_path / "nowhere"))
+    assert f"there is no folder or file {tmp_path / 'nowhere'}" in refused("--data.source", str(tmp_path / "nowhere"))
 
 
 def test_empty_folder(refused, tmp_path):
@@ -187,4 +187,4 @@ def test_ray_job(ray_head, tmp_path):
     assert json.loads((run_dir / "summary.json").read_text())["steps"] == 4
 
     failed = subprocess.run([*submit, "--data.source", "nowhere"], env=ray_head, cwd=repository, capture_output=True, text=True)
-    assert failed.returncode != 0 and "there is no folder nowhere" in failed.stdout
+    assert failed.returncode != 0 and "there is no folder or file" in failed.stdout

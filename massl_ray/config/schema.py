@@ -29,10 +29,15 @@ class DataSection(Section):
     """The images."""
 
     source: Annotated[str, Field(min_length=1)] = "demo"
-    """A folder of images (any nesting), or 'demo' for the tiles that come with scikit-image."""
+    """Images at a path or URI: a folder (any nesting), a pattern, a text file of paths, Parquet files, WebDataset shards, a saved
+    Hugging Face data set, or what `massl-ray prepare` wrote. 'demo': the tiles that come with scikit-image."""
     test_source: str | None = None
-    """A folder of test images for k-NN, with the class folders of data.source. None: a tenth of
-    data.source is held out as queries."""
+    """Test images for k-NN, any source with the classes of data.source. None: a tenth of data.source is held out as queries."""
+    cache_gb: Annotated[float, Field(ge=0, le=1e6)] = 50.0
+    """Disk space on each machine for prepared images that lie at a URI, in gigabytes; the least recently used are given up."""
+    window: Annotated[int, Field(ge=0)] = 0
+    """Shards (or row groups of Parquet) that are shuffled together, for data sets that are larger than data.cache_gb: half of what
+    that holds. 0: the whole data set at once."""
     max_skipped: Share = 0.05
     """Share of unreadable images, among those tried, above which the run stops."""
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)

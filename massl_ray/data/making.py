@@ -4,9 +4,9 @@ import numpy as np
 from PIL import Image
 
 from massl_ray.config import ViewsSection
-from massl_ray.data.decode import UNREADABLE, read, reason
+from massl_ray.data.decode import UNREADABLE, decode, reason
+from massl_ray.data.listing import Listing
 from massl_ray.data.order import samples_at
-from massl_ray.data.sources import Listing
 from massl_ray.method.views import make_views
 
 
@@ -28,7 +28,7 @@ class ViewMaker:
         passed over for each, as "path: reason" separated by NUL, which no path has."""
         step, place = np.divmod(rows["id"], self.share)
         positions = (step + self.start_step) * self.batch_size + self.first + place
-        epochs, samples = samples_at(positions, len(self.images), self.seed)
+        epochs, samples = samples_at(positions, len(self.images), self.seed, self.images.windows)
         made = [self._views(int(epoch), int(sample)) for epoch, sample in zip(epochs, samples, strict=True)]
         return {
             "global_views": np.stack([global_views for global_views, _, _ in made]),
@@ -44,12 +44,12 @@ class ViewMaker:
 
 def read_or_next(images: Listing, sample: int) -> tuple[Image.Image, list[str]]:
     """The image at `sample`, or where it cannot be read the next readable one of the listing: a rule that depends on the
-    files only. Also returns what was passed over, as "path: reason"."""
+    images only. Also returns what was passed over, as "path: reason"."""
     skipped: list[str] = []
     for offset in range(len(images)):
-        path = images.path((sample + offset) % len(images))
+        place = (sample + offset) % len(images)
         try:
-            return read(path), skipped
+            return decode(images.read(place)), skipped
         except UNREADABLE as error:
-            skipped.append(f"{path}: {reason(error)}")
+            skipped.append(f"{images.path(place)}: {reason(error)}")
     raise ValueError(f"none of the {len(images)} images in {images.root} can be read any more")

@@ -3,7 +3,11 @@
 Position p of the run (counted over all steps and epochs) belongs to epoch p // n and is that epoch's permutation at p % n.
 The permutation is a Feistel network on the smallest power of four that holds n, walked until it lands inside: a bijection
 for every n, so an epoch takes every sample once, and any position is found in a microsecond at a hundred million images.
+
+`Windows` shuffle shards, and then images within a few shards at a time, for data of which no machine holds all.
 """
+
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -12,14 +16,41 @@ from massl_ray.keyed import Stream, generator
 ROUNDS = 6
 
 
-def samples_at(positions: np.ndarray, size: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+@dataclass(frozen=True)
+class Windows:
+    """An epoch visits the shards in an order of its own, `width` of them at a time, and shuffles the images of these."""
+
+    starts: np.ndarray  # (shards + 1,) int64, samples that shards begin with, and the number of samples
+    width: int  # shards
+
+    def samples(self, offsets: np.ndarray, seed: int, epoch: int) -> np.ndarray:
+        """Sample numbers (n,) of places (n,) in an epoch."""
+        shards = len(self.starts) - 1
+        order = _permute(np.arange(shards), shards, generator(Stream.ORDER, seed, epoch, 1))
+        begins = np.concatenate([[0], np.cumsum(np.diff(self.starts)[order])])  # places at which the shards, so ordered, begin
+        edges = np.append(begins[: -1 : self.width], begins[-1])
+        windows = np.searchsorted(edges, offsets, "right") - 1
+        samples = np.empty_like(offsets)
+        for window in np.unique(windows):
+            chosen, first = windows == window, edges[window]
+            key = generator(Stream.ORDER, seed, epoch, 2, int(window))
+            places = first + _permute(offsets[chosen] - first, int(edges[window + 1] - first), key)
+            shard = np.searchsorted(begins, places, "right") - 1
+            samples[chosen] = self.starts[order[shard]] + places - begins[shard]
+        return samples
+
+
+def samples_at(positions: np.ndarray, size: int, seed: int, windows: Windows | None = None) -> tuple[np.ndarray, np.ndarray]:
     """Epochs and sample numbers, both (n,) int64, of run positions (n,) in a data set of `size` images."""
     positions = np.asarray(positions, dtype=np.int64)
     epochs, offsets = np.divmod(positions, size)
     samples = np.empty_like(offsets)
     for epoch in np.unique(epochs):
         chosen = epochs == epoch
-        samples[chosen] = _permute(offsets[chosen], size, generator(Stream.ORDER, seed, int(epoch)))
+        if windows:
+            samples[chosen] = windows.samples(offsets[chosen], seed, int(epoch))
+        else:
+            samples[chosen] = _permute(offsets[chosen], size, generator(Stream.ORDER, seed, int(epoch)))
     return epochs, samples
 
 

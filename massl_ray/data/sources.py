@@ -1,69 +1,48 @@
-"""Where images come from. A source becomes a `Listing`: paths in one fixed order, and labels where there are class folders."""
+"""What `data.source` may be, and how each becomes a `Listing`."""
 
-import heapq
 import os
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
-from massl_ray.data.decode import UNREADABLE, read, reason
+from massl_ray.data.decode import UNREADABLE, decode, reason
 from massl_ray.data.demo import demo_folder
+from massl_ray.data.files import SUFFIXES, by_folder, find, from_list, is_pattern, matches, suffix
+from massl_ray.data.listing import Listing
 from massl_ray.errors import UserError
 from massl_ray.keyed import Stream, generator
+from massl_ray.storage import Folder
+from massl_ray.storage import reason as storage_reason
 
-SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".bmp", ".gif"})
-
-
-@dataclass(frozen=True)
-class Listing:
-    """Images in a fixed order; a sample's number is its place here."""
-
-    root: str
-    paths: np.ndarray  # (n,) str, relative to root
-    labels: np.ndarray | None  # (n,) int64 into classes
-    classes: tuple[str, ...]
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def path(self, sample: int) -> str:
-        return os.path.join(self.root, str(self.paths[sample]))
-
-    def take(self, samples: np.ndarray) -> "Listing":
-        return Listing(self.root, self.paths[samples], None if self.labels is None else self.labels[samples], self.classes)
+PARQUET, TAR = ".parquet", ".tar"
 
 
-def open_source(source: str, part: str = "train") -> Listing:
-    """List a source: 'demo' or a folder, searched at any depth. Sorted, so the same folder always gives the same order.
+def open_source(source: str, part: str = "train", cache_gb: float = 50.0) -> Listing:
+    """List a source: 'demo', or at a path or URI a folder, a pattern of files, a list of paths, Parquet files, WebDataset shards,
+    a data set that Hugging Face saved, or what `massl-ray prepare` wrote. The same source always gives the same order.
 
     Class folders are the folders directly under the source, if every image lies in one and there are at least two.
 
+    Args:
+        part: of sources that come in parts, 'train' or 'test'.
+        cache_gb: what this machine may keep of prepared images that lie elsewhere.
+
     Raises:
-        UserError: the folder is missing or cannot be searched, or no file in it looks like an image.
+        UserError: there is nothing, it cannot be read, or it holds no images.
     """
-    root = demo_folder(part) if source == "demo" else Path(source).expanduser()
-    if not root.is_dir():
-        raise UserError(f"data.source: there is no folder {root}. Give a folder that holds images (at any depth), or 'demo'.")
+    where = str(demo_folder(part)) if source == "demo" else os.path.expanduser(source)
     try:
-        paths = sorted(_image_files(str(root)))
+        images = _open(where, part, cache_gb)
+    except FileNotFoundError as error:
+        raise UserError(f"data.source: there is no {error.filename or where}.") from None
     except OSError as error:
-        raise UserError(f"data.source: the folder {error.filename} cannot be searched ({error.strerror}).") from None
-    if not paths:
-        raise UserError(f"data.source: no image files in {root}; looked for {', '.join(sorted(SUFFIXES))} at any depth.")
-    return listing(str(root), paths)
-
-
-def listing(root: str, paths: list[str]) -> Listing:
-    """Paths relative to `root`, labelled by their first folder where that makes at least two classes of two images on average."""
-    folders = [path.split(os.sep, 1)[0] if os.sep in path else "" for path in paths]
-    classes = tuple(sorted(set(folders)))
-    if "" in classes or not 2 <= len(classes) <= len(paths) / 2:
-        return Listing(root, np.array(paths), None, ())
-    number = {name: index for index, name in enumerate(classes)}
-    return Listing(root, np.array(paths), np.array([number[folder] for folder in folders]), classes)
+        at = error.filename if isinstance(error.filename, str) else where
+        raise UserError(
+            f"data.source: {at} cannot be read ({storage_reason(error)}). Mend the address, its permissions or its credentials."
+        ) from None
+    if not len(images):
+        raise UserError(f"data.source: there are no images in {where}.")
+    return images
 
 
 def probe(images: Listing, max_unreadable: float, at_most: int = 256) -> None:
@@ -73,7 +52,7 @@ def probe(images: Listing, max_unreadable: float, at_most: int = 256) -> None:
     """
     tried = np.unique(np.linspace(0, len(images) - 1, min(at_most, len(images))).astype(np.int64))
     with ThreadPoolExecutor(4) as pool:
-        faults = list(pool.map(fault, [images.path(sample) for sample in tried]))
+        faults = list(pool.map(lambda sample: fault(images, sample), tried))
     broken = [(images.path(sample), reason) for sample, reason in zip(tried, faults, strict=True) if reason]
     if len(broken) > max_unreadable * len(tried):
         path, reason = broken[0]
@@ -85,10 +64,10 @@ def probe(images: Listing, max_unreadable: float, at_most: int = 256) -> None:
         )
 
 
-def fault(path: str) -> str | None:
+def fault(images: Listing, sample: int) -> str | None:
     """Why an image cannot be read, or None."""
     try:
-        read(path)
+        decode(images.read(sample))
     except UNREADABLE as error:
         return reason(error)
     return None
@@ -101,24 +80,64 @@ def hold_out(images: Listing, share: float = 0.1) -> tuple[Listing, Listing]:
     return images.take(np.flatnonzero(~queries)), images.take(np.flatnonzero(queries))
 
 
-def _image_files(root: str) -> Iterator[str]:
-    """Every folder is searched once, links to folders in the order of their names and after what lies there itself: links that
-    lead back end, and the same folder always gives the same files."""
-    searched: set[tuple[int, int]] = set()
-    links = [root]
-    while links:
-        pending = [heapq.heappop(links)]
-        while pending:
-            folder = pending.pop()
-            status = os.stat(folder)
-            if (status.st_dev, status.st_ino) in searched:
-                continue
-            searched.add((status.st_dev, status.st_ino))
-            with os.scandir(folder) as entries:
-                for entry in entries:
-                    if entry.is_dir(follow_symlinks=False):
-                        pending.append(entry.path)
-                    elif entry.is_symlink() and os.path.isdir(entry.path):
-                        heapq.heappush(links, entry.path)
-                    elif os.path.splitext(entry.name)[1].lower() in SUFFIXES:
-                        yield os.path.relpath(entry.path, root)
+def _open(where: str, part: str, cache_gb: float) -> Listing:
+    place = Folder(where)
+    kind = None if "://" in where and is_pattern(where) else place.kind()
+    if kind == "folder":
+        return _open_folder(place, part, cache_gb)
+    if kind == "file":
+        return _open_file(place)
+    if is_pattern(where):
+        folder, names = matches(where)
+        if not names:
+            raise UserError(f"data.source: no file matches {where}.")
+        return _open_names(folder, names)
+    raise UserError(
+        f"data.source: there is no folder or file {place}. Give images (a folder, a pattern, a list of paths, Parquet files, "
+        "WebDataset shards), or 'demo'."
+    )
+
+
+def _open_folder(folder: Folder, part: str, cache_gb: float) -> Listing:
+    """By what lies in it: prepared images, a saved data set, image files, and only then tables and archives of images."""
+    from massl_ray.data import shards, tables  # late: tasks that read plain files need not wait for them
+
+    if folder.kind(shards.MANIFEST) and folder.kind(shards.INDEX):
+        return shards.open_shards(folder, cache_gb)
+    if folder.kind(tables.INFO) or folder.kind(tables.SPLITS):
+        return tables.open_saved(folder, part)
+    found = find(folder, {*SUFFIXES, PARQUET, TAR})
+    for suffixes in (SUFFIXES, {PARQUET}, {TAR}):
+        names = [name for name in found if suffix(name) in suffixes]
+        if names:
+            return _open_names(folder, names)
+    raise UserError(
+        f"data.source: no image files in {folder}; looked for {', '.join(sorted(SUFFIXES))}, {PARQUET} and {TAR} at any depth."
+    )
+
+
+def _open_names(folder: Folder, names: list[str]) -> Listing:
+    """Files that are alike."""
+    kinds = {suffix(name) for name in names}
+    if kinds == {PARQUET}:
+        from massl_ray.data.tables import open_parquet
+
+        return open_parquet(folder, names)
+    if kinds == {TAR}:
+        from massl_ray.data.tars import open_tars
+
+        return open_tars(folder, names)
+    return by_folder(folder, names)
+
+
+def _open_file(place: Folder) -> Listing:
+    kind = suffix(place.name)
+    if kind in (PARQUET, TAR):
+        return _open_names(place.parent, [place.name])
+    text = b"" if kind in SUFFIXES else place.read_bytes()
+    if kind in SUFFIXES or b"\0" in text[:4096]:
+        raise UserError(
+            f"data.source: {place} is neither a folder nor a text file with a path a line, nor does it end in {PARQUET} or {TAR}. "
+            "Give one of these."
+        )
+    return from_list(place.parent, text, str(place))

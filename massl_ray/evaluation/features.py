@@ -10,8 +10,8 @@ from PIL import Image
 from torch import Tensor, nn
 
 from massl_ray.config import Config
-from massl_ray.data.decode import UNREADABLE, read
-from massl_ray.data.sources import Listing
+from massl_ray.data.decode import UNREADABLE, decode
+from massl_ray.data.listing import Listing
 from massl_ray.method.views import center_view
 
 CHUNK = 256  # images decoded and embedded at once
@@ -69,7 +69,7 @@ def _chunks(listing: Listing, view) -> Iterator[tuple[Tensor, Tensor]]:
 
     def load(sample: int) -> np.ndarray | None:
         try:
-            return view(read(listing.path(sample)))
+            return view(decode(listing.read(sample)))
         except UNREADABLE:
             return None
 

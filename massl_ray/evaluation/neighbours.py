@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch.nn.functional import normalize
 
-from massl_ray.data.sources import Listing
+from massl_ray.data.listing import Listing
 from massl_ray.evaluation.features import Features
 
 

@@ -1,7 +1,6 @@
-"""Start or join a cluster, run the workers, follow them."""
+"""Run the workers of a cluster, follow them."""
 
 import dataclasses
-import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -14,7 +13,7 @@ import ray.train
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
 from massl_ray.on_ray.crew import Crew
-from massl_ray.on_ray.knobs import HEAD, RESIZE_TIMER_S, set_knobs
+from massl_ray.on_ray.knobs import RESIZE_TIMER_S
 from massl_ray.on_ray.layout import Layout, plan_layout
 from massl_ray.on_ray.seat import hold_seat, train_here
 from massl_ray.on_ray.supervisor import Supervisor
@@ -34,23 +33,6 @@ class Stopped(Exception):
     def __init__(self, signum: int):
         super().__init__(signum)
         self.signum = signum
-
-
-@contextmanager
-def cluster() -> Iterator[None]:
-    """The cluster that RAY_ADDRESS names (a Ray job sets it), or one of our own on this machine for as long as this lasts."""
-    set_knobs()
-    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
-    if os.environ.get("RAY_ADDRESS"):
-        ray.init(**quiet)
-    else:
-        # A private cluster on loopback needs no token, and writing one would lock `ray job` out of a later `ray start`.
-        os.environ.setdefault("RAY_AUTH_MODE", "disabled")
-        ray.init(address="local", include_dashboard=False, _system_config=HEAD, **quiet)
-    try:
-        yield
-    finally:
-        ray.shutdown()
 
 
 def run_workers(run: Run, follow: Callable[[dict[str, Any]], None], *, stock: bool = False) -> Outcome:

@@ -34,7 +34,7 @@ class Console:
     def plan(self) -> None:
         """Printed before anything starts."""
         run, resolved, config = self.run, self.run.resolved, self.run.config
-        classes = f", {len(run.images.classes)} classes for k-NN" if run.images.classes else ", no class folders, so no k-NN"
+        classes = f", {len(run.images.classes)} classes for k-NN" if run.images.classes else ", no labels, so no k-NN"
         self.say(f"Images    {len(run.images):,} in {run.images.root}{classes}")
         self.say(
             f"Steps     {resolved.steps:,} of {resolved.batch_size} images "

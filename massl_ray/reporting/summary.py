@@ -5,9 +5,9 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from massl_ray.storage import Place
 from massl_ray.training.checkpoint import list_checkpoints, read_manifest
 from massl_ray.training.run import write_json
-from massl_ray.training.storage import Place
 
 
 def write_summary(run_dir: Path, checkpoints: Place, wall_s: float) -> dict[str, Any]:

@@ -20,8 +20,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from massl_ray.storage import Folder, Place, reason, to_disk
 from massl_ray.training.state import state_sha256
-from massl_ray.training.storage import Folder, Place, reason, to_disk
 
 STATE, MANIFEST, FORMAT = "state.safetensors", "manifest.json", 1
 UNFINISHED = ".unfinished_"

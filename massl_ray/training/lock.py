@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 
 from massl_ray.errors import UserError
-from massl_ray.training.storage import Folder, Place, reason
+from massl_ray.storage import Folder, Place, reason
 
 LOCK = ".lock"
 INTERVAL_S = 5.0  # between signs of life

@@ -4,7 +4,7 @@ import math
 import time
 from pathlib import Path
 
-from massl_ray.training.storage import Folder, Place
+from massl_ray.storage import Folder, Place
 
 
 class Mirror:

@@ -4,22 +4,25 @@ import hashlib
 import json
 import os
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
 from massl_ray.config import Config, Resolved, decided_as, fill, keys, parse_toml, resolve, to_toml, validate
 from massl_ray.data.demo import cache_folder
-from massl_ray.data.sources import Listing, hold_out, open_source, probe
+from massl_ray.data.listing import Listing
+from massl_ray.data.order import Windows
+from massl_ray.data.sources import hold_out, open_source, probe
 from massl_ray.errors import UserError
 from massl_ray.method.network import check_backbone
+from massl_ray.storage import Folder, reason
 from massl_ray.training.mirror import Mirror
-from massl_ray.training.storage import Folder, reason
 
 IMAGES = "images.json"
 FREE_TO_CHANGE = (
     "run.dir",
+    "data.cache_gb",
     "data.max_skipped",
     "train.steps",
     "train.epochs",
@@ -72,7 +75,8 @@ def prepare_run(config: Config) -> Run:
     earlier = _earlier_start(folder)
     if earlier:
         config = decided_as(earlier, config)
-    images = open_source(config.data.source)
+    images = open_source(config.data.source, cache_gb=config.data.cache_gb)
+    images = _windowed(images, config.data.window)
     probe(images, config.data.max_skipped)
     resolved = resolve(config, len(images))
     filled = fill(config, resolved)
@@ -102,7 +106,7 @@ def claim_directory(run: Run) -> Run:
     except OSError as error:
         raise UserError(f"run.dir: {run.dir} cannot be created ({reason(error)}). Choose another --run.dir.") from None
     write_atomically(run.dir / "config.toml", to_toml(run.config))
-    write_json(run.dir / IMAGES, _images_of(run))
+    write_json(run.dir / IMAGES, run.images.identity())
     if not run.folder.is_local:
         Mirror(run.dir, run.folder).push()
     return run
@@ -155,7 +159,7 @@ def _check_same(run: Run, earlier: Config) -> None:
         before = json.loads(run.folder.read_text(IMAGES))
     except FileNotFoundError:  # the earlier start ended before it wrote them
         return
-    now = _images_of(run)
+    now = run.images.identity()
     if before != now:
         names = "the same number, but other names" if before["count"] == now["count"] else f"{now['count']:,} of them now"
         raise UserError(
@@ -164,26 +168,28 @@ def _check_same(run: Run, earlier: Config) -> None:
         )
 
 
-def _images_of(run: Run) -> dict[str, object]:
-    """Which image comes when depends on their number and order, so these are part of a run."""
-    digest = hashlib.sha256()
-    for path in run.images.paths:
-        digest.update(os.fsencode(str(path)) + b"\0")
-    return {"count": len(run.images), "names_sha256": digest.hexdigest()}
+def _windowed(images: Listing, width: int) -> Listing:
+    if not width:
+        return images
+    if images.store.starts is None:
+        raise UserError(
+            f"data.window is {width} shards, but every image in {images.root} is a file: leave it out, or massl-ray prepare them."
+        )
+    return replace(images, windows=Windows(images.store.starts, width))
 
 
 def _knn_sides(config: Config, images: Listing) -> tuple[Listing | None, Listing | None]:
     if images.labels is None:
         if config.data.test_source:
             raise UserError(
-                f"data.test_source is given, but {images.root} has no class folders to compare with: leave it out, or "
+                f"data.test_source is given, but {images.root} has no labels to compare with: leave it out, or "
                 "sort the images into folders."
             )
         return None, None
     if config.data.source == "demo" and not config.data.test_source:
         bank, queries = images, open_source("demo", "test")
     elif config.data.test_source:
-        bank, queries = images, _same_classes(open_source(config.data.test_source), images)
+        bank, queries = images, _same_classes(_test_images(config), images)
     else:
         bank, queries = hold_out(images)
         if not len(bank) or not len(queries):  # of a few images, the tenth that is held out may be none
@@ -191,14 +197,21 @@ def _knn_sides(config: Config, images: Listing) -> tuple[Listing | None, Listing
     return _at_most(bank, config.eval.max_images), _at_most(queries, config.eval.max_images)
 
 
+def _test_images(config: Config) -> Listing:
+    try:
+        return open_source(config.data.test_source or "", "test", config.data.cache_gb)
+    except UserError as error:
+        raise UserError(str(error).replace("data.source", "data.test_source", 1)) from None
+
+
 def _same_classes(test: Listing, images: Listing) -> Listing:
     unknown = sorted(set(test.classes) - set(images.classes))
     if test.labels is None or unknown:
-        what = f"the class '{unknown[0]}', which data.source lacks" if unknown else "no class folders"
-        raise UserError(f"data.test_source: {test.root} has {what}. Its folders must be named as those of {images.root}.")
+        what = f"the class '{unknown[0]}', which data.source lacks" if unknown else "no labels"
+        raise UserError(f"data.test_source: {test.root} has {what}. Its classes must be named as those of {images.root}.")
     number = {name: index for index, name in enumerate(images.classes)}
     labels = [number[test.classes[label]] for label in test.labels]
-    return Listing(test.root, test.paths, np.array(labels, dtype=np.int64), images.classes)
+    return replace(test, labels=np.array(labels, dtype=np.int64), classes=images.classes)
 
 
 def _at_most(listing: Listing, number: int) -> Listing:

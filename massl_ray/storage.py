@@ -1,4 +1,4 @@
-"""A folder on this machine's disk or at a URI: the little that checkpoints, locks and mirrors ask of a file system."""
+"""A folder on this machine's disk or at a URI: the little that images, checkpoints, locks and mirrors ask of a file system."""
 
 import os
 import shutil
@@ -9,7 +9,7 @@ from functools import cache
 from pathlib import Path
 
 import fsspec.core
-from pyarrow import ArrowInvalid
+from pyarrow import ArrowInvalid, NativeFile
 from pyarrow.fs import FileSelector, FileSystem, FileType, FSSpecHandler, LocalFileSystem, PyFileSystem, copy_files
 
 from massl_ray.errors import UserError
@@ -52,6 +52,11 @@ class Folder:
         return self._parts()[0].rsplit("/", 1)[-1]
 
     @property
+    def parent(self) -> "Folder":
+        base, mark, options = self._parts()
+        return Folder((base.rpartition("/")[0] or "/") + mark + options)
+
+    @property
     def is_local(self) -> bool:
         return "://" not in self.uri
 
@@ -61,6 +66,12 @@ class Folder:
         if not self.is_local:
             raise ValueError(f"{self} is not on this machine's disk")
         return Path(self.uri)
+
+    def kind(self, name: str = "") -> str | None:
+        """'folder', 'file', or None where there is nothing."""
+        with self._opened(name) as (system, path):
+            found = system.get_file_info(path).type
+        return {FileType.Directory: "folder", FileType.NotFound: None}.get(found, "file")
 
     def entries(self) -> list[str]:
         """Names of what lies directly in the folder, sorted; none where there is no folder."""
@@ -80,6 +91,26 @@ class Folder:
         with self._opened(name) as (system, path), system.open_input_stream(path, compression=None) as stream:
             data = stream.read()
         return data.decode()
+
+    def read_bytes(self, name: str = "", offset: int = 0, size: int | None = None) -> bytes:
+        """`size` bytes from `offset` on, or all there are; of a file at a URI only these are fetched. Without a name, the folder
+        is taken for a file."""
+        if self.is_local:
+            with open(os.path.join(self.uri, name) if name else self.uri, "rb") as file:
+                file.seek(offset)
+                return file.read() if size is None else file.read(size)
+        if size is None and not offset:
+            with self._opened(name) as (system, path), system.open_input_stream(path, compression=None) as stream:
+                return stream.read()
+        with self.open_file(name) as file:
+            file.seek(offset)
+            return file.read(size)
+
+    @contextmanager
+    def open_file(self, name: str = "") -> Iterator[NativeFile]:
+        """A file to read at any place, as Arrow has them."""
+        with self._opened(name) as (system, path), system.open_input_file(path) as file:
+            yield file
 
     def write_text(self, name: str, text: str) -> None:
         """Readers see the old text or the new one, never half of it."""
@@ -135,7 +166,7 @@ class Folder:
         """The file system and the path of `name` in it; whatever they raise becomes an OSError."""
         try:
             if self.is_local:
-                yield LocalFileSystem(), os.path.join(self.uri, name).rstrip("/")
+                yield LocalFileSystem(), os.path.join(self.uri, name).rstrip("/") or "/"
                 return
             base, mark, options = self._parts()
             scheme, _, address = base.partition("://")
@@ -155,13 +186,18 @@ Place = Folder | Path | str
 
 
 def reason(error: BaseException) -> str:
-    """An exception as part of a sentence: without the file name that the sentence already has, and without a full stop."""
+    """An exception as part of a sentence: in one line, without the file name that the sentence already has or a full stop."""
     text = getattr(error, "strerror", None) or str(error) or type(error).__name__
-    return text.strip().rstrip(".")
+    return " ".join(text.split()).rstrip(".")
+
+
+GCS_PATIENCE = "retry_limit_seconds=60"  # Arrow's own is a quarter of an hour, also where there are only no credentials
 
 
 @cache  # a connection a place, shared by all folders below it
 def _connect(root: str) -> tuple[FileSystem, str]:
+    if root.startswith(("gs://", "gcs://")) and "retry_limit_seconds" not in root:
+        root += ("&" if "?" in root else "?") + GCS_PATIENCE
     try:
         return FileSystem.from_uri(root)
     except ArrowInvalid as unknown:

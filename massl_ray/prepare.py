@@ -1,0 +1,68 @@
+"""massl-ray prepare SOURCE DEST: any source of images into shards that are read fast, from disk or object storage."""
+
+import argparse
+import signal
+import sys
+from collections.abc import Sequence
+
+from massl_ray.errors import UserError
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Returns the exit code: 0 done, 2 a mistake in what was asked for, 130 ended by Ctrl-C."""
+    parser = argparse.ArgumentParser(
+        prog="massl-ray prepare",
+        description="Write any source of images into shards that are read fast, from disk or object storage. "
+        "Run the same command again to continue after it was ended.",
+    )
+    parser.add_argument("source", help="what --data.source takes, at a path or URI")
+    parser.add_argument("dest", help="folder of the shards, a path or URI; then a --data.source itself")
+    parser.add_argument("--max-side", type=int, metavar="PX", help="shrink images with a longer side, and encode them anew")
+    parser.add_argument("--shard-mb", type=int, default=64, metavar="MB", help="size of a shard, about [64]")
+    parser.add_argument("--max-skipped", type=float, default=0.05, metavar="SHARE", help="share that may be unreadable [0.05]")
+    arguments = parser.parse_args(argv)
+    if (arguments.max_side or 1) < 1 or not 1 <= arguments.shard_mb <= 4096:
+        parser.error("--max-side must be positive, --shard-mb from 1 to 4096")
+    try:
+        return prepare(arguments)
+    except UserError as error:
+        print(f"massl-ray: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("Stopped. Run the same command again to continue.", file=sys.stderr)
+        return 128 + signal.SIGINT
+
+
+def prepare(arguments: argparse.Namespace) -> int:
+    from massl_ray.data.examine import describe
+    from massl_ray.data.preparing import begin, finish
+    from massl_ray.data.sources import open_source, probe  # late: --help is answered at once
+    from massl_ray.reporting.progress import counted
+    from massl_ray.storage import Folder, reason
+
+    images = open_source(arguments.source)
+    probe(images, arguments.max_skipped)
+    folder = Folder(arguments.dest)
+    try:
+        plan = begin(images, folder, arguments.max_side, arguments.shard_mb)
+        if plan is None:
+            print(f"All images of {images.root} are in {folder} already.")
+            return 0
+        from massl_ray.on_ray.cluster import cluster
+        from massl_ray.on_ray.prepare import do_parts
+
+        with cluster():
+            for _ in counted(do_parts(images, folder, plan), plan.count):
+                pass
+        found = finish(images, folder, plan)
+    except OSError as error:
+        raise UserError(
+            f"{folder} cannot be written ({reason(error)}). Mend it, then run the same command again, or choose another folder."
+        ) from None
+    print(describe(found))
+    print(f"Shards    {plan.parts:,} in {folder}; train on them with --data.source {arguments.dest}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
