@@ -232,10 +232,11 @@ def test_no_memory_is_no_fault_of_the_file(monkeypatch):
         decode(SHOTS["PNG"])
 
 
-def test_a_bomb(monkeypatch):
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
-    with pytest.raises(Image.DecompressionBombError):
-        decode(SHOTS["PNG"])
+@pytest.mark.parametrize("kind", sorted(SHOTS))
+def test_a_bomb(kind):
+    assert decode(SHOTS[kind], max_pixels=16 * 24).size == (24, 16)
+    with pytest.raises(Image.DecompressionBombError, match="24 x 16 pixels, more than data.max_pixels 383 allows"):
+        decode(SHOTS[kind], max_pixels=16 * 24 - 1)
     assert Image.DecompressionBombError in UNREADABLE
 
 

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from massl_ray.config import load
-from massl_ray.data.decode import read
-from massl_ray.data.making import read_or_next
+from massl_ray.data.decode import decode, read
+from massl_ray.data.making import first_readable
 from massl_ray.data.order import samples_at, step_positions
 from massl_ray.method.views import make_views
 from massl_ray.on_ray.ingest import start_now, stream_views
@@ -61,7 +61,7 @@ def test_unreadable_images_are_passed_over_by_rule(ray_cluster, run):
     broken = run.images.path(10)
     with open(broken, "wb") as file:
         file.write(b"not an image")
-    image, skipped = read_or_next(run.images, 10)
+    image, skipped = first_readable(run.images, 10, decode)
     np.testing.assert_array_equal(np.asarray(image), np.asarray(read(run.images.path(11))))
     assert len(skipped) == 1 and skipped[0].startswith(f"{broken}: UnidentifiedImageError")
     streamed = [line for views in stream_views(run, 0, 1, 0, tasks=2) for line in views.skipped]
@@ -74,4 +74,4 @@ def test_no_readable_image_left(run, tmp_path):
     for sample in range(2):
         open(images.path(sample), "wb").close()
     with pytest.raises(ValueError, match="none of the 2 images"):
-        read_or_next(images, 1)
+        first_readable(images, 1, decode)

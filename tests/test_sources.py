@@ -242,7 +242,7 @@ def test_probe_of_nothing_that_can_be_read(tmp_path):
 
 def test_probe_tries_a_spread_out_few(monkeypatch):
     tried = []
-    monkeypatch.setattr(sources, "fault", lambda path: tried.append(path))
+    monkeypatch.setattr(sources, "fault", lambda path, max_pixels: tried.append(path))
     images = Listing("/images", np.array([str(number) for number in range(10_000)]), None, ())
     probe(images, 0.05)
     places = sorted(int(os.path.basename(path)) for path in tried)

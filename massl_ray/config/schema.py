@@ -35,6 +35,8 @@ class DataSection(Section):
     data.source is held out as queries."""
     max_skipped: Share = 0.05
     """Share of unreadable images, among those tried, above which the run stops."""
+    max_pixels: Annotated[int, Field(ge=1)] = 200_000_000
+    """Images of more pixels count as unreadable: a small file can hold an enormous image."""
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
     """Channel means (red, green, blue, in 0..1) subtracted from every view."""
     std: tuple[Positive, Positive, Positive] = (0.229, 0.224, 0.225)

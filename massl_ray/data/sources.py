@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from massl_ray.data.decode import UNREADABLE, read, reason
+from massl_ray.data.decode import MAX_PIXELS, UNREADABLE, read, reason
 from massl_ray.data.demo import demo_folder
 from massl_ray.errors import UserError
 from massl_ray.keyed import Stream, generator
@@ -66,14 +66,14 @@ def listing(root: str, paths: list[str]) -> Listing:
     return Listing(root, np.array(paths), np.array([number[folder] for folder in folders]), classes)
 
 
-def probe(images: Listing, max_unreadable: float, at_most: int = 256) -> None:
+def probe(images: Listing, max_unreadable: float, max_pixels: int = MAX_PIXELS, at_most: int = 256) -> None:
     """Decode a spread-out few of the images before any work starts.
 
     Raises UserError if more than `max_unreadable` (a share) of them cannot be read, naming the first.
     """
     tried = np.unique(np.linspace(0, len(images) - 1, min(at_most, len(images))).astype(np.int64))
     with ThreadPoolExecutor(4) as pool:
-        faults = list(pool.map(fault, [images.path(sample) for sample in tried]))
+        faults = list(pool.map(lambda sample: fault(images.path(sample), max_pixels), tried))
     broken = [(images.path(sample), reason) for sample, reason in zip(tried, faults, strict=True) if reason]
     if len(broken) > max_unreadable * len(tried):
         path, reason = broken[0]
@@ -85,10 +85,10 @@ def probe(images: Listing, max_unreadable: float, at_most: int = 256) -> None:
         )
 
 
-def fault(path: str) -> str | None:
+def fault(path: str, max_pixels: int = MAX_PIXELS) -> str | None:
     """Why an image cannot be read, or None."""
     try:
-        read(path)
+        read(path, max_pixels)
     except UNREADABLE as error:
         return reason(error)
     return None

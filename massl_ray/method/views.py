@@ -7,26 +7,21 @@ Order of operations (paper): crop and resize, flip, colour jitter, gray, blur, s
 import math
 from dataclasses import dataclass
 
+import cv2
 import numpy as np
-from PIL import Image, ImageEnhance, ImageFilter, ImageOps
+from numpy.typing import ArrayLike
+from PIL import Image
 
 from massl_ray.config import ViewsSection
 from massl_ray.keyed import Stream, generator
-
-
-@dataclass(frozen=True)
-class Jitter:
-    brightness: float  # factor, 1 keeps
-    contrast: float  # factor, 1 keeps
-    saturation: float  # factor, 1 keeps
-    hue: float  # turns of the colour wheel, 0 keeps
-    order: tuple[int, ...]  # in which the four are applied
+from massl_ray.method.colour import Jitter, apply_jitter, to_gray
+from massl_ray.method.resampling import Box, Pyramid, shrinkage
 
 
 @dataclass(frozen=True)
 class ViewParameters:
     side: int  # pixels of the view
-    box: tuple[float, float, float, float]  # left, top, right, bottom in pixels of the image
+    box: Box  # left, top, right, bottom in pixels of the image
     flip: bool
     jitter: Jitter | None
     gray: bool
@@ -57,31 +52,46 @@ def draw_view(config: ViewsSection, width: int, height: int, *, seed: int, epoch
     return ViewParameters(side, box, flip, jitter, gray, sigma if blurred else 0.0, solarize)
 
 
-def apply_view(image: Image.Image, view: ViewParameters) -> np.ndarray:
-    """Cut and augment: (side, side, 3) uint8, RGB. `image` is in mode RGB."""
-    crop = image.resize((view.side, view.side), Image.Resampling.BICUBIC, box=view.box)
+def draw_views(config: ViewsSection, width: int, height: int, *, seed: int, epoch: int, sample: int) -> list[ViewParameters]:
+    """All views of an image: the two global ones, then the local ones."""
+    numbers = range(2 + config.num_local)
+    return [draw_view(config, width, height, seed=seed, epoch=epoch, sample=sample, view=view) for view in numbers]
+
+
+def smallest_shrinkage(drawn: list[ViewParameters]) -> int:
+    """The power of two by which the image may be smaller and every view still be cut from it without visible loss."""
+    return min(shrinkage(view.box, view.side) for view in drawn)
+
+
+def apply_view(image: Pyramid, view: ViewParameters) -> np.ndarray:
+    """Cut and augment: (side, side, 3) uint8, RGB."""
+    pixels = image.cut(view.box, view.side)
     if view.flip:
-        crop = crop.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        pixels = cv2.flip(pixels, 1)
     if view.jitter:
-        crop = _apply_jitter(crop, view.jitter)
+        pixels = apply_jitter(pixels, view.jitter)
     if view.gray:
-        crop = crop.convert("L").convert("RGB")
+        pixels = to_gray(pixels)  # one channel until the end
     if view.blur_sigma:
-        crop = crop.filter(ImageFilter.GaussianBlur(view.blur_sigma))
+        pixels = _blur(pixels, view.blur_sigma)
     if view.solarize:
-        crop = ImageOps.solarize(crop)
-    return np.asarray(crop)
+        pixels = np.minimum(pixels, ~pixels)  # inverts what is 128 or more
+    return cv2.cvtColor(pixels, cv2.COLOR_GRAY2RGB) if view.gray else pixels
 
 
-def make_views(image: Image.Image, config: ViewsSection, *, seed: int, epoch: int, sample: int) -> tuple[np.ndarray, np.ndarray]:
+def apply_views(image: Pyramid, drawn: list[ViewParameters], config: ViewsSection) -> tuple[np.ndarray, np.ndarray]:
     """All views of one image, uint8: global (2, H, W, 3) and local (num_local, h, w, 3)."""
-    drawn = [
-        draw_view(config, *image.size, seed=seed, epoch=epoch, sample=sample, view=view) for view in range(2 + config.num_local)
-    ]
     global_views = np.stack([apply_view(image, view) for view in drawn[:2]])
     if not config.num_local:
         return global_views, np.empty((0, config.local_size, config.local_size, 3), np.uint8)
     return global_views, np.stack([apply_view(image, view) for view in drawn[2:]])
+
+
+def make_views(image: ArrayLike, config: ViewsSection, *, seed: int, epoch: int, sample: int) -> tuple[np.ndarray, np.ndarray]:
+    """Draw and apply all views of one decoded image, (h, w, 3) uint8 or a Pillow image in mode RGB."""
+    pixels = np.asarray(image)
+    drawn = draw_views(config, pixels.shape[1], pixels.shape[0], seed=seed, epoch=epoch, sample=sample)
+    return apply_views(Pyramid(pixels), drawn, config)
 
 
 def center_view(image: Image.Image, side: int, share: float) -> np.ndarray:
@@ -110,17 +120,12 @@ def _factor(random: np.random.Generator, strength: float) -> float:
     return random.uniform(1 - strength, 1 + strength)
 
 
-def _apply_jitter(image: Image.Image, jitter: Jitter) -> Image.Image:
-    for operation in jitter.order:
-        if operation == 0:
-            image = ImageEnhance.Brightness(image).enhance(jitter.brightness)
-        elif operation == 1:
-            image = ImageEnhance.Contrast(image).enhance(jitter.contrast)
-        elif operation == 2:
-            image = ImageEnhance.Color(image).enhance(jitter.saturation)
-        else:
-            hue, saturation, value = image.convert("HSV").split()
-            shift = round(jitter.hue * 255)
-            hue = hue.point([(level + shift) % 256 for level in range(256)])
-            image = Image.merge("HSV", (hue, saturation, value)).convert("RGB")
-    return image
+def _blur(pixels: np.ndarray, sigma: float) -> np.ndarray:
+    """Gaussian blur. Taps are multiples of 1/256 that sum to one: OpenCV then computes in whole numbers, without a shift in
+    brightness."""
+    reach = math.ceil(3 * sigma)
+    weights = [math.exp(-0.5 * (place / sigma) ** 2) for place in range(-reach, reach + 1)]
+    taps = [round(256 * weight / sum(weights)) for weight in weights]
+    taps[reach] += 256 - sum(taps)
+    kernel = np.array(taps, dtype=np.float32) / 256
+    return cv2.sepFilter2D(pixels, -1, kernel, kernel, borderType=cv2.BORDER_REFLECT_101)

@@ -33,7 +33,7 @@ def stream_views(run: Run, rank: int, world_size: int, start_step: int, tasks: i
     steps_at_once = max(1, TASKS * task_rows // share)
     for begin in range(start_step, run.resolved.steps, steps_at_once):
         end = min(begin + steps_at_once, run.resolved.steps)
-        make = ViewMaker(run.images, run.config.views, run.config.run.seed, run.resolved.batch_size, begin, first, share)
+        make = ViewMaker(run.images, run.config, run.resolved.batch_size, begin, first, share)
         dataset = _dataset(make, (end - begin) * share, task_rows, tasks)
         for rows in dataset.iter_batches(batch_size=share, batch_format="numpy", prefetch_batches=2):
             yield _to_views(rows)  # type: ignore[arg-type]

@@ -73,7 +73,7 @@ def prepare_run(config: Config) -> Run:
     if earlier:
         config = decided_as(earlier, config)
     images = open_source(config.data.source)
-    probe(images, config.data.max_skipped)
+    probe(images, config.data.max_skipped, config.data.max_pixels)
     resolved = resolve(config, len(images))
     filled = fill(config, resolved)
     bank, queries = _knn_sides(config, images)
