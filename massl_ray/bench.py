@@ -6,7 +6,7 @@ import json
 import sys
 from collections.abc import Sequence
 
-NAMES = ("readout", "step")
+NAMES = ("readout", "step", "views")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -15,12 +15,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
     parser.add_argument("--device", default=None, help="cpu or cuda; by default cuda where there is one")
     parser.add_argument("--rounds", type=int, default=7, help="timed rounds; the figures are medians [7]")
+    parser.add_argument("--photos", help="views: a folder of photographs to cut up [those of the system]")
     arguments = parser.parse_args(argv)
 
     import torch  # late: --help answers at once
 
     device = torch.device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    result = importlib.import_module(f"massl_ray.benches.{arguments.name}").run(device, arguments.rounds)
+    options = {"photos": arguments.photos} if arguments.photos else {}
+    result = importlib.import_module(f"massl_ray.benches.{arguments.name}").run(device, arguments.rounds, **options)
     if arguments.json:
         print(json.dumps(result))
     else:
