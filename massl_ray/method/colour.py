@@ -1,7 +1,7 @@
 """Colour jitter in few passes over the pixels.
 
-Brightness, contrast and saturation are affine maps of a pixel's colour. They are composed as long as nothing can leave
-0..255, because there a step's result is cut off before the next one sees it.
+Brightness, contrast and saturation are affine maps of a pixel's colour. They are composed until one of them can leave 0..255,
+because its result is cut off there before the next one sees it.
 """
 
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import cv2
 import numpy as np
 
-LUMA = np.array([0.299, 0.587, 0.114])
+LUMA = (0.299, 0.587, 0.114)  # of red, green, blue
 BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
 
 
@@ -22,37 +22,51 @@ class Jitter:
     order: tuple[int, ...]  # in which the four are applied
 
 
+@dataclass(frozen=True)
+class Affine:
+    """colour -> scale * colour + gray * luma(colour) + offset. What brightness, contrast and saturation do, and their products."""
+
+    scale: float = 1.0
+    gray: float = 0.0
+    offset: float = 0.0
+
+    def then(self, operation: int, factor: float, mean: float) -> "Affine":
+        """Followed by one of the three. `mean` is the mean luma before any of it."""
+        if operation == SATURATION:  # a mix with the gray image
+            return Affine(factor * self.scale, self.gray + (1 - factor) * self.scale, self.offset)
+        towards = (1 - factor) * ((self.scale + self.gray) * mean + self.offset) if operation == CONTRAST else 0.0
+        return Affine(factor * self.scale, factor * self.gray, factor * self.offset + towards)
+
+    def __call__(self, pixels: np.ndarray) -> np.ndarray:
+        r, g, b = (self.gray * weight for weight in LUMA)
+        keep, offset = self.scale, self.offset
+        matrix = [[keep + r, g, b, offset], [r, keep + g, b, offset], [r, g, keep + b, offset]]
+        return cv2.transform(pixels, np.array(matrix))
+
+
+KEEP = Affine()
+
+
 def apply_jitter(pixels: np.ndarray, jitter: Jitter) -> np.ndarray:
     """`pixels` (h, w, 3) uint8 RGB, jittered."""
-    factors = {BRIGHTNESS: jitter.brightness, CONTRAST: jitter.contrast, SATURATION: jitter.saturation}
-    pending, offset = np.eye(3), np.zeros(3)  # colour -> pending @ colour + offset, not yet applied
+    factors = (jitter.brightness, jitter.contrast, jitter.saturation)
+    pending, mean = KEEP, None
     for operation in jitter.order:
-        if operation != HUE:
-            factor = factors[operation]
-            if operation == CONTRAST:  # towards the mean of the gray image; it is affine, too
-                mean = LUMA @ (pending @ cv2.mean(pixels)[:3] + offset)
-                offset = factor * offset + (1 - factor) * mean
-                pending = factor * pending
-            else:
-                step = factor * np.eye(3) + ((1 - factor) * LUMA if operation == SATURATION else 0)
-                pending, offset = step @ pending, step @ offset
-        if operation == HUE or factors[operation] > 1:
-            pixels = _affine(pixels, pending, offset)
-            pending, offset = np.eye(3), np.zeros(3)
         if operation == HUE:
-            pixels = _turn_hue(pixels, jitter.hue)
-    return _affine(pixels, pending, offset)
+            pixels = _turn_hue(pixels if pending is KEEP else pending(pixels), jitter.hue)
+            pending, mean = KEEP, None
+            continue
+        if operation == CONTRAST and mean is None:
+            mean = sum(weight * level for weight, level in zip(LUMA, cv2.mean(pixels), strict=False))
+        pending = pending.then(operation, factors[operation], mean or 0.0)
+        if factors[operation] > 1:
+            pixels, pending, mean = pending(pixels), KEEP, None
+    return pixels if pending is KEEP else pending(pixels)
 
 
 def to_gray(pixels: np.ndarray) -> np.ndarray:
     """(h, w, 3) to (h, w)."""
     return cv2.cvtColor(pixels, cv2.COLOR_RGB2GRAY)
-
-
-def _affine(pixels: np.ndarray, matrix: np.ndarray, offset: np.ndarray) -> np.ndarray:
-    if (matrix == np.eye(3)).all() and not offset.any():
-        return pixels
-    return cv2.transform(pixels, np.column_stack([matrix, offset]))
 
 
 def _turn_hue(pixels: np.ndarray, turns: float) -> np.ndarray:

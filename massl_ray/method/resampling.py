@@ -57,7 +57,7 @@ def _bicubic(step: float, offset: float) -> np.ndarray:
     """Taps (n,) of the bicubic kernel (a = -1/2) stretched to a pixel distance of `step`, but never squeezed, and shifted by
     `offset` pixels, so that the filtered image begins where a box does."""
     stretch = max(step, 1.0)
-    reach = math.ceil(2 * stretch + offset) - 1
+    reach = math.ceil(1.75 * stretch + offset) - 1  # beyond are its last, tiny quarters
     taps = [_cubic(abs(place - offset) / stretch) for place in range(-reach, reach + 1)]
     total = sum(taps)
     return np.array([tap / total for tap in taps], dtype=np.float32)

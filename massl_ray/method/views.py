@@ -6,6 +6,7 @@ Order of operations (paper): crop and resize, flip, colour jitter, gray, blur, s
 
 import math
 from dataclasses import dataclass
+from itertools import permutations
 
 import cv2
 import numpy as np
@@ -16,6 +17,10 @@ from massl_ray.config import ViewsSection
 from massl_ray.keyed import Stream, generator
 from massl_ray.method.colour import Jitter, apply_jitter, to_gray
 from massl_ray.method.resampling import Box, Pyramid, shrinkage
+
+ORDERS = tuple(permutations(range(4)))
+TRIES = 10  # at a box that fits the image
+NUM_DRAWS = 11 + 4 * TRIES  # of a view, whether or not it needs them all: a draw never moves another's place
 
 
 @dataclass(frozen=True)
@@ -31,25 +36,27 @@ class ViewParameters:
 
 def draw_view(config: ViewsSection, width: int, height: int, *, seed: int, epoch: int, sample: int, view: int) -> ViewParameters:
     """Draw one view of an image of `width` x `height` pixels: a pure function of (seed, epoch, sample, view)."""
-    random = generator(Stream.VIEWS, seed, epoch, sample, view)
+    draws = generator(Stream.VIEWS, seed, epoch, sample, view).random(NUM_DRAWS).tolist()
+    flip, jittered, brightness, contrast, saturation, hue, order, gray, blurred, sigma, solarize = draws[:11]
     kind = min(view, 2)  # first global, second global, local
     jitter = None
-    box = _draw_box(random, width, height, config.global_area if kind < 2 else config.local_area)
-    flip = random.random() < config.flip
-    if random.random() < config.jitter:
+    if jittered < config.jitter:
         jitter = Jitter(
-            brightness=_factor(random, config.brightness),
-            contrast=_factor(random, config.contrast),
-            saturation=_factor(random, config.saturation),
-            hue=random.uniform(-config.hue, config.hue),
-            order=tuple(random.permutation(4).tolist()),
+            brightness=_between(1 - config.brightness, 1 + config.brightness, brightness),
+            contrast=_between(1 - config.contrast, 1 + config.contrast, contrast),
+            saturation=_between(1 - config.saturation, 1 + config.saturation, saturation),
+            hue=_between(-config.hue, config.hue, hue),
+            order=ORDERS[int(order * len(ORDERS))],
         )
-    gray = random.random() < config.gray
-    blurred = random.random() < config.blur[kind]
-    sigma = random.uniform(*config.blur_sigma)
-    solarize = random.random() < config.solarize and kind == 1
-    side = config.global_size if kind < 2 else config.local_size
-    return ViewParameters(side, box, flip, jitter, gray, sigma if blurred else 0.0, solarize)
+    return ViewParameters(
+        side=config.global_size if kind < 2 else config.local_size,
+        box=_box(draws[11:], width, height, config.global_area if kind < 2 else config.local_area),
+        flip=flip < config.flip,
+        jitter=jitter,
+        gray=gray < config.gray,
+        blur_sigma=_between(*config.blur_sigma, sigma) if blurred < config.blur[kind] else 0.0,
+        solarize=solarize < config.solarize and kind == 1,
+    )
 
 
 def draw_views(config: ViewsSection, width: int, height: int, *, seed: int, epoch: int, sample: int) -> list[ViewParameters]:
@@ -102,22 +109,23 @@ def center_view(image: Image.Image, side: int, share: float) -> np.ndarray:
     return np.asarray(image.resize((side, side), Image.Resampling.BICUBIC, box=(left, top, left + cut, top + cut)))
 
 
-def _draw_box(random: np.random.Generator, width: int, height: int, area: tuple[float, float]) -> tuple[float, float, float, float]:
-    """Random resized crop: area share uniform, aspect ratio log-uniform in 3/4..4/3; after ten misses the largest centred crop."""
-    for _ in range(10):
-        pixels = width * height * random.uniform(*area)
-        aspect = math.exp(random.uniform(math.log(3 / 4), math.log(4 / 3)))
+def _box(draws: list[float], width: int, height: int, area: tuple[float, float]) -> Box:
+    """Random resized crop: area share uniform, aspect ratio log-uniform in 3/4..4/3; after ten misses the largest centred crop.
+    Four draws a try."""
+    for n in range(0, 4 * TRIES, 4):
+        pixels = width * height * _between(*area, draws[n])
+        aspect = math.exp(_between(math.log(3 / 4), math.log(4 / 3), draws[n + 1]))
         w, h = round(math.sqrt(pixels * aspect)), round(math.sqrt(pixels / aspect))
         if 0 < w <= width and 0 < h <= height:
-            left, top = int(random.integers(0, width - w + 1)), int(random.integers(0, height - h + 1))
+            left, top = int(draws[n + 2] * (width - w + 1)), int(draws[n + 3] * (height - h + 1))
             return left, top, left + w, top + h
     w, h = min(width, round(height * 4 / 3)), min(height, round(width * 4 / 3))
     left, top = (width - w) // 2, (height - h) // 2
     return left, top, left + w, top + h
 
 
-def _factor(random: np.random.Generator, strength: float) -> float:
-    return random.uniform(1 - strength, 1 + strength)
+def _between(low: float, high: float, draw: float) -> float:
+    return low + (high - low) * draw
 
 
 def _blur(pixels: np.ndarray, sigma: float) -> np.ndarray:
