@@ -5,6 +5,7 @@ because its result is cut off there before the next one sees it.
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import cv2
 import numpy as np
@@ -22,8 +23,7 @@ class Jitter:
     order: tuple[int, ...]  # in which the four are applied
 
 
-@dataclass(frozen=True)
-class Affine:
+class Affine(NamedTuple):
     """colour -> scale * colour + gray * luma(colour) + offset. What brightness, contrast and saturation do, and their products."""
 
     scale: float = 1.0

@@ -5,6 +5,7 @@ interpolation: two passes of vector code. Crops that shrink a lot are taken from
 """
 
 import math
+from functools import lru_cache
 
 import cv2
 import numpy as np
@@ -47,16 +48,16 @@ def _resize(pixels: np.ndarray, box: Box, side: int) -> np.ndarray:
     crop = pixels[y : math.ceil(bottom), x : math.ceil(right)]
     step_x, step_y = (right - left) / side, (bottom - top) / side
     if step_x > 1 or step_y > 1 or x < left or y < top:
-        kernels = _bicubic(step_x, left - x), _bicubic(step_y, top - y)
+        kernels = (_bicubic(round(64 * max(step, 1)) / 64, offset) for step, offset in ((step_x, left - x), (step_y, top - y)))
         crop = cv2.sepFilter2D(crop, -1, *kernels, borderType=cv2.BORDER_REPLICATE)
     resized = cv2.resize(crop, None, fx=1 / step_x, fy=1 / step_y, interpolation=cv2.INTER_CUBIC)
     return resized[:side, :side]  # more where the box ends within a pixel
 
 
-def _bicubic(step: float, offset: float) -> np.ndarray:
-    """Taps (n,) of the bicubic kernel (a = -1/2) stretched to a pixel distance of `step`, but never squeezed, and shifted by
-    `offset` pixels, so that the filtered image begins where a box does."""
-    stretch = max(step, 1.0)
+@lru_cache(4096)
+def _bicubic(stretch: float, offset: float) -> np.ndarray:
+    """Taps (n,) of the bicubic kernel (a = -1/2) stretched to a pixel distance of `stretch`, and shifted by `offset` pixels, so
+    that the filtered image begins where a box does."""
     reach = math.ceil(1.75 * stretch + offset) - 1  # beyond are its last, tiny quarters
     taps = [_cubic(abs(place - offset) / stretch) for place in range(-reach, reach + 1)]
     total = sum(taps)

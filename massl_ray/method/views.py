@@ -6,6 +6,7 @@ Order of operations (paper): crop and resize, flip, colour jitter, gray, blur, s
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import permutations
 
 import cv2
@@ -36,33 +37,13 @@ class ViewParameters:
 
 def draw_view(config: ViewsSection, width: int, height: int, *, seed: int, epoch: int, sample: int, view: int) -> ViewParameters:
     """Draw one view of an image of `width` x `height` pixels: a pure function of (seed, epoch, sample, view)."""
-    draws = generator(Stream.VIEWS, seed, epoch, sample, view).random(NUM_DRAWS).tolist()
-    flip, jittered, brightness, contrast, saturation, hue, order, gray, blurred, sigma, solarize = draws[:11]
-    kind = min(view, 2)  # first global, second global, local
-    jitter = None
-    if jittered < config.jitter:
-        jitter = Jitter(
-            brightness=_between(1 - config.brightness, 1 + config.brightness, brightness),
-            contrast=_between(1 - config.contrast, 1 + config.contrast, contrast),
-            saturation=_between(1 - config.saturation, 1 + config.saturation, saturation),
-            hue=_between(-config.hue, config.hue, hue),
-            order=ORDERS[int(order * len(ORDERS))],
-        )
-    return ViewParameters(
-        side=config.global_size if kind < 2 else config.local_size,
-        box=_box(draws[11:], width, height, config.global_area if kind < 2 else config.local_area),
-        flip=flip < config.flip,
-        jitter=jitter,
-        gray=gray < config.gray,
-        blur_sigma=_between(*config.blur_sigma, sigma) if blurred < config.blur[kind] else 0.0,
-        solarize=solarize < config.solarize and kind == 1,
-    )
+    return _parameters(config, width, height, view, _draws(seed, epoch, sample, view + 1)[view])
 
 
 def draw_views(config: ViewsSection, width: int, height: int, *, seed: int, epoch: int, sample: int) -> list[ViewParameters]:
     """All views of an image: the two global ones, then the local ones."""
-    numbers = range(2 + config.num_local)
-    return [draw_view(config, width, height, seed=seed, epoch=epoch, sample=sample, view=view) for view in numbers]
+    rows = _draws(seed, epoch, sample, 2 + config.num_local)
+    return [_parameters(config, width, height, view, row) for view, row in enumerate(rows)]
 
 
 def smallest_shrinkage(drawn: list[ViewParameters]) -> int:
@@ -109,6 +90,34 @@ def center_view(image: Image.Image, side: int, share: float) -> np.ndarray:
     return np.asarray(image.resize((side, side), Image.Resampling.BICUBIC, box=(left, top, left + cut, top + cut)))
 
 
+def _draws(seed: int, epoch: int, sample: int, views: int) -> list[list[float]]:
+    """A row of uniform draws for each view; more views leave the rows before them as they are."""
+    return generator(Stream.VIEWS, seed, epoch, sample).random((views, NUM_DRAWS)).tolist()
+
+
+def _parameters(config: ViewsSection, width: int, height: int, view: int, draws: list[float]) -> ViewParameters:
+    flip, jittered, brightness, contrast, saturation, hue, order, gray, blurred, sigma, solarize = draws[:11]
+    kind = min(view, 2)  # first global, second global, local
+    jitter = None
+    if jittered < config.jitter:
+        jitter = Jitter(
+            brightness=_between(1 - config.brightness, 1 + config.brightness, brightness),
+            contrast=_between(1 - config.contrast, 1 + config.contrast, contrast),
+            saturation=_between(1 - config.saturation, 1 + config.saturation, saturation),
+            hue=_between(-config.hue, config.hue, hue),
+            order=ORDERS[int(order * len(ORDERS))],
+        )
+    return ViewParameters(
+        side=config.global_size if kind < 2 else config.local_size,
+        box=_box(draws[11:], width, height, config.global_area if kind < 2 else config.local_area),
+        flip=flip < config.flip,
+        jitter=jitter,
+        gray=gray < config.gray,
+        blur_sigma=_between(*config.blur_sigma, sigma) if blurred < config.blur[kind] else 0.0,
+        solarize=solarize < config.solarize and kind == 1,
+    )
+
+
 def _box(draws: list[float], width: int, height: int, area: tuple[float, float]) -> Box:
     """Random resized crop: area share uniform, aspect ratio log-uniform in 3/4..4/3; after ten misses the largest centred crop.
     Four draws a try."""
@@ -131,9 +140,15 @@ def _between(low: float, high: float, draw: float) -> float:
 def _blur(pixels: np.ndarray, sigma: float) -> np.ndarray:
     """Gaussian blur. Taps are multiples of 1/256 that sum to one: OpenCV then computes in whole numbers, without a shift in
     brightness."""
-    reach = math.ceil(3 * sigma)
+    kernel = _gaussian(round(128 * sigma) / 128)
+    return cv2.sepFilter2D(pixels, -1, kernel, kernel, borderType=cv2.BORDER_REFLECT_101)
+
+
+@lru_cache(256)
+def _gaussian(sigma: float) -> np.ndarray:
+    """Taps (n,) to two and a half standard deviations."""
+    reach = math.ceil(2.5 * sigma)
     weights = [math.exp(-0.5 * (place / sigma) ** 2) for place in range(-reach, reach + 1)]
     taps = [round(256 * weight / sum(weights)) for weight in weights]
     taps[reach] += 256 - sum(taps)
-    kernel = np.array(taps, dtype=np.float32) / 256
-    return cv2.sepFilter2D(pixels, -1, kernel, kernel, borderType=cv2.BORDER_REFLECT_101)
+    return np.array(taps, dtype=np.float32) / 256
