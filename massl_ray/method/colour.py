@@ -4,6 +4,7 @@ Brightness, contrast and saturation are affine maps of a pixel's colour. They ar
 because its result is cut off there before the next one sees it.
 """
 
+import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -11,6 +12,7 @@ import cv2
 import numpy as np
 
 LUMA = (0.299, 0.587, 0.114)  # of red, green, blue
+CUT = 0.498  # Pillow and torchvision cut fractions off where OpenCV rounds; whole levels stay
 BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
 
 
@@ -33,9 +35,9 @@ class Affine(NamedTuple):
     def then(self, operation: int, factor: float, mean: float) -> "Affine":
         """Followed by one of the three. `mean` is the mean luma before any of it."""
         if operation == SATURATION:  # a mix with the gray image
-            return Affine(factor * self.scale, self.gray + (1 - factor) * self.scale, self.offset)
+            return Affine(factor * self.scale, self.gray + (1 - factor) * self.scale, self.offset - CUT)
         towards = (1 - factor) * ((self.scale + self.gray) * mean + self.offset) if operation == CONTRAST else 0.0
-        return Affine(factor * self.scale, factor * self.gray, factor * self.offset + towards)
+        return Affine(factor * self.scale, factor * self.gray, factor * self.offset + towards - CUT)
 
     def __call__(self, pixels: np.ndarray) -> np.ndarray:
         r, g, b = (self.gray * weight for weight in LUMA)
@@ -71,5 +73,5 @@ def to_gray(pixels: np.ndarray) -> np.ndarray:
 
 def _turn_hue(pixels: np.ndarray, turns: float) -> np.ndarray:
     hsv = cv2.cvtColor(pixels, cv2.COLOR_RGB2HSV_FULL)
-    hsv[..., 0] += np.uint8(round(turns * 256) % 256)  # wraps, as hues do
+    hsv[..., 0] += np.uint8(math.floor(turns * 255) % 256)  # wraps, as hues do; rounded down it is nearest to torchvision's
     return cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB_FULL)
