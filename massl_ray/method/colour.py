@@ -40,6 +40,8 @@ class Affine(NamedTuple):
         return Affine(factor * self.scale, factor * self.gray, factor * self.offset + towards - CUT)
 
     def __call__(self, pixels: np.ndarray) -> np.ndarray:
+        if self == KEEP:
+            return pixels
         r, g, b = (self.gray * weight for weight in LUMA)
         keep, offset = self.scale, self.offset
         matrix = [[keep + r, g, b, offset], [r, keep + g, b, offset], [r, g, keep + b, offset]]
@@ -52,18 +54,16 @@ KEEP = Affine()
 def apply_jitter(pixels: np.ndarray, jitter: Jitter) -> np.ndarray:
     """`pixels` (h, w, 3) uint8 RGB, jittered."""
     factors = (jitter.brightness, jitter.contrast, jitter.saturation)
-    pending, mean = KEEP, None
+    pending = KEEP
     for operation in jitter.order:
         if operation == HUE:
-            pixels = _turn_hue(pixels if pending is KEEP else pending(pixels), jitter.hue)
-            pending, mean = KEEP, None
-            continue
-        if operation == CONTRAST and mean is None:
-            mean = sum(weight * level for weight, level in zip(LUMA, cv2.mean(pixels), strict=False))
-        pending = pending.then(operation, factors[operation], mean or 0.0)
-        if factors[operation] > 1:
-            pixels, pending, mean = pending(pixels), KEEP, None
-    return pixels if pending is KEEP else pending(pixels)
+            pixels, pending = _turn_hue(pending(pixels), jitter.hue), KEEP
+        elif factors[operation] != 1:
+            mean = _mean_luma(pixels) if operation == CONTRAST else 0.0
+            pending = pending.then(operation, factors[operation], mean)
+            if factors[operation] > 1:
+                pixels, pending = pending(pixels), KEEP
+    return pending(pixels)
 
 
 def to_gray(pixels: np.ndarray) -> np.ndarray:
@@ -71,7 +71,14 @@ def to_gray(pixels: np.ndarray) -> np.ndarray:
     return cv2.cvtColor(pixels, cv2.COLOR_RGB2GRAY)
 
 
+def _mean_luma(pixels: np.ndarray) -> float:
+    return sum(weight * level for weight, level in zip(LUMA, cv2.mean(pixels), strict=False))
+
+
 def _turn_hue(pixels: np.ndarray, turns: float) -> np.ndarray:
+    shift = math.floor(turns * 255) % 256  # rounded down it is nearest to torchvision's
+    if not shift:
+        return pixels
     hsv = cv2.cvtColor(pixels, cv2.COLOR_RGB2HSV_FULL)
-    hsv[..., 0] += np.uint8(math.floor(turns * 255) % 256)  # wraps, as hues do; rounded down it is nearest to torchvision's
+    hsv[..., 0] += np.uint8(shift)  # wraps, as hues do
     return cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB_FULL)
