@@ -1,16 +1,22 @@
 """Bytes to pixels: JPEG by libjpeg-turbo, at a fraction of its size where that is enough, everything else by Pillow."""
 
 import io
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import numpy as np
 import simplejpeg
-from PIL import ExifTags, Image, TiffImagePlugin, WebPImagePlugin
+from PIL import (
+    ExifTags,
+    Image,
+    TiffImagePlugin,  # noqa: F401 - Pillow opens these two kinds of files
+    WebPImagePlugin,  # noqa: F401 - only where their modules are loaded
+)
 
 from massl_ray.config import DataSection
 
-FORMATS = ("JPEG", "PNG", WebPImagePlugin.WebPImageFile.format, TiffImagePlugin.TiffImageFile.format, "BMP", "GIF")
+FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF")
 """What is decoded. Pillow knows more formats, and runs other programs for some."""
 
 MAX_PIXELS = DataSection().max_pixels
@@ -73,10 +79,12 @@ class Encoded:
         if self._image.format not in ("JPEG", "MPO"):
             return None
         try:
-            height, width, colours, _ = simplejpeg.decode_jpeg_header(self._data)
-            if (width, height) != self._image.size or colours not in ("YCbCr", "RGB", "Gray"):
+            width, height = self._image.size
+            *size, colours, _ = simplejpeg.decode_jpeg_header(self._data)
+            if size != [height, width] or colours not in ("YCbCr", "RGB", "Gray"):
                 return None
-            return simplejpeg.decode_jpeg(self._data, "RGB", min_height=-(-height // shrink), min_width=-(-width // shrink))
+            least_height, least_width = math.ceil(height / shrink), math.ceil(width / shrink)
+            return simplejpeg.decode_jpeg(self._data, "RGB", min_height=least_height, min_width=least_width)
         except ValueError:
             return None
 

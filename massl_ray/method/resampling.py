@@ -48,10 +48,15 @@ def _resize(pixels: np.ndarray, box: Box, side: int) -> np.ndarray:
     crop = pixels[y : math.ceil(bottom), x : math.ceil(right)]
     step_x, step_y = (right - left) / side, (bottom - top) / side
     if step_x > 1 or step_y > 1 or x < left or y < top:
-        kernels = (_bicubic(round(64 * max(step, 1)) / 64, offset) for step, offset in ((step_x, left - x), (step_y, top - y)))
-        crop = cv2.sepFilter2D(crop, -1, *kernels, borderType=cv2.BORDER_REPLICATE)
+        across, down = _bicubic(_stretch(step_x), left - x), _bicubic(_stretch(step_y), top - y)
+        crop = cv2.sepFilter2D(crop, -1, across, down, borderType=cv2.BORDER_REPLICATE)
     resized = cv2.resize(crop, None, fx=1 / step_x, fy=1 / step_y, interpolation=cv2.INTER_CUBIC)
     return resized[:side, :side]  # more where the box ends within a pixel
+
+
+def _stretch(step: float) -> float:
+    """The kernel is stretched, never squeezed; in steps too small to see, so that kernels are met again."""
+    return round(64 * max(step, 1)) / 64
 
 
 @lru_cache(4096)

@@ -63,7 +63,7 @@ def apply_view(image: Pyramid, view: ViewParameters) -> np.ndarray:
     if view.blur_sigma:
         pixels = _blur(pixels, view.blur_sigma)
     if view.solarize:
-        pixels = np.minimum(pixels, ~pixels)  # inverts what is 128 or more
+        pixels = np.minimum(pixels, 255 - pixels)  # inverts what is 128 or more
     return cv2.cvtColor(pixels, cv2.COLOR_GRAY2RGB) if view.gray else pixels
 
 
