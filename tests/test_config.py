@@ -202,6 +202,7 @@ READ_ELSEWHERE = {
     "data.source": ("training/run.py", "config.data.source"),
     "data.test_source": ("training/run.py", "config.data.test_source"),
     "data.max_skipped": ("training/loop.py", "config.data.max_skipped"),
+    "views.device": ("data/making.py", "self.config.views.device"),
     "data.max_pixels": ("data/making.py", "self.config.data.max_pixels"),
     "train.device": ("on_ray/layout.py", "config.train.device"),
     "train.threads": ("on_ray/life.py", "config.train.threads"),

@@ -8,13 +8,14 @@ import torch
 
 from massl_ray.config import ViewsSection
 from massl_ray.method.colour import Jitter
-from massl_ray.method.device_views import device_views
+from massl_ray.method.device_views import device_views, padded
 from massl_ray.method.resampling import Pyramid
 from massl_ray.method.views import ViewParameters, apply_view, draw_views
 from tests.helpers import photograph
 
 PLAIN = ViewParameters(side=64, box=(0, 0, 64, 64), flip=False, jitter=None, gray=False, blur_sigma=0.0, solarize=False)
 STILL = Jitter(brightness=1.0, contrast=1.0, saturation=1.0, hue=0.0, order=(0, 1, 2, 3))
+CPU = torch.device("cpu")
 CONFIG = ViewsSection(global_size=64, local_size=48)
 
 
@@ -23,7 +24,7 @@ def pixels(width: int, height: int) -> np.ndarray:
 
 
 def on_device(image: np.ndarray, view: ViewParameters, shrunk: int = 1) -> np.ndarray:
-    (made,) = device_views([torch.from_numpy(image.copy())], [shrunk], [[view]])
+    (made,) = device_views(padded([torch.from_numpy(image.copy())], CPU), [shrunk], [[view]])
     assert made.dtype == torch.uint8 and made.shape == (1, view.side, view.side, 3)
     return made[0].numpy()
 
@@ -83,8 +84,9 @@ def test_a_batch_of_images_of_many_sizes():
     drawn = [
         draw_views(CONFIG, image.shape[1], image.shape[0], seed=3, epoch=1, sample=place) for place, image in enumerate(images)
     ]
+    batch = padded([torch.from_numpy(image.copy()) for image in images], CPU)
     for part in (slice(0, 2), slice(2, 12)):
-        made = device_views([torch.from_numpy(image.copy()) for image in images], [1, 1, 1], [views[part] for views in drawn])
+        made = device_views(batch, [1, 1, 1], [views[part] for views in drawn])
         for image, views, found in zip(images, drawn, made, strict=True):
             for view, one in zip(views[part], found, strict=True):
                 most = 4 if view.solarize else 2.5  # a level beside the threshold may fall on its other side

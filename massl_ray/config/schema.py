@@ -76,6 +76,9 @@ class ViewsSection(Section):
     """Range of the blur's standard deviation, in pixels of the view."""
     solarize: Probability = 0.2
     """Probability of solarizing the second global view."""
+    device: Literal["cpu", "cuda"] = "cpu"
+    """cpu: Ray Data tasks make the views. cuda: they only decode, and each worker makes the views on its GPU; for clusters with
+    few CPUs a GPU."""
 
 
 class ModelSection(Section):

@@ -1,7 +1,8 @@
 """From a place in the run to the views that are due there. Without torch, so that a task starts in a second."""
 
 from collections.abc import Callable
-from typing import TypeVar
+from functools import partial
+from typing import Any, TypeVar
 
 import cv2
 import numpy as np
@@ -18,7 +19,8 @@ Pair = tuple[np.ndarray, np.ndarray]
 
 
 class ViewMaker:
-    """From row numbers to the views of one worker's share of each step.
+    """From row numbers to the views of one worker's share of each step, or where `views.device` makes them there, to what they
+    are made of.
 
     Args:
         batch_size: images a step, over all workers.
@@ -31,26 +33,39 @@ class ViewMaker:
         self.batch_size, self.start_step, self.first, self.share = batch_size, start_step, first, share
 
     def __call__(self, rows: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """`rows["id"]` (n,) to global_views (n, 2, H, W, 3), local_views (n, V-2, h, w, 3), uint8, and skipped (n,): what was
-        passed over for each, as "path: reason" separated by NUL, which no path has."""
+        """`rows["id"]` (n,) to columns of n rows, and `skipped`: what was passed over for each, as "path: reason" separated by
+        NUL, which no path has. The columns are global_views (n, 2, H, W, 3) and local_views (n, V-2, h, w, 3), uint8, or with
+        views.device cuda those of `_decoded`."""
         cv2.setNumThreads(1)  # tasks share out the CPUs, not their loops
         step, place = np.divmod(rows["id"], self.share)
         positions = (step + self.start_step) * self.batch_size + self.first + place
         epochs, samples = samples_at(positions, len(self.images), self.config.run.seed)
-        made = [self._views(int(epoch), int(sample)) for epoch, sample in zip(epochs, samples, strict=True)]
-        return {
-            "global_views": np.stack([global_views for global_views, _, _ in made]),
-            "local_views": np.stack([local_views for _, local_views, _ in made]),
-            "skipped": np.array(["\0".join(skipped) for _, _, skipped in made]),
-        }
+        make = self._views if self.config.views.device == "cpu" else self._decoded
+        made, skipped = [], []
+        for epoch, sample in zip(epochs.tolist(), samples.tolist(), strict=True):
+            columns, passed_over = first_readable(self.images, sample, partial(make, epoch, sample))
+            made.append(columns)
+            skipped.append("\0".join(passed_over))
+        return {name: column([columns[name] for columns in made]) for name in made[0]} | {"skipped": np.array(skipped)}
 
-    def _views(self, epoch: int, sample: int) -> tuple[np.ndarray, np.ndarray, list[str]]:
-        def make(data: bytes) -> Pair:
-            encoded = Encoded(data, self.config.data.max_pixels)
-            return views_of(encoded, self.config.views, seed=self.config.run.seed, epoch=epoch, sample=sample)
+    def _views(self, epoch: int, sample: int, data: bytes) -> dict[str, Any]:
+        key = {"seed": self.config.run.seed, "epoch": epoch, "sample": sample}
+        encoded = Encoded(data, self.config.data.max_pixels)
+        global_views, local_views = views_of(encoded, self.config.views, **key)
+        return {"global_views": global_views, "local_views": local_views}
 
-        (global_views, local_views), skipped = first_readable(self.images, sample, make)
-        return global_views, local_views, skipped
+    def _decoded(self, epoch: int, sample: int, data: bytes) -> dict[str, Any]:
+        """An image as small as its views allow, and what its views are drawn from."""
+        encoded = Encoded(data, self.config.data.max_pixels)
+        drawn = draw_views(self.config.views, *encoded.size, seed=self.config.run.seed, epoch=epoch, sample=sample)
+        pixels, shrunk = encoded.pixels(smallest_shrinkage(drawn))
+        facts = {"shape": pixels.shape, "shrunk": shrunk, "size": encoded.size, "epoch": epoch, "sample": sample}
+        return {"pixels": pixels.tobytes()} | facts
+
+
+def column(values: list[Any]) -> np.ndarray:
+    """Rows of bytes stay apart, everything else is stacked."""
+    return np.array(values, dtype=object if isinstance(values[0], bytes) else None)
 
 
 def views_of(encoded: Encoded, config: ViewsSection, *, seed: int, epoch: int, sample: int) -> Pair:

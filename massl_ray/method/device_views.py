@@ -15,28 +15,27 @@ from massl_ray.method.views import ViewParameters
 KEEP = Jitter(brightness=1.0, contrast=1.0, saturation=1.0, hue=0.0, order=(BRIGHTNESS, CONTRAST, SATURATION, HUE))
 
 
-def device_views(images: Sequence[Tensor], shrunk: Sequence[int], drawn: Sequence[Sequence[ViewParameters]]) -> Tensor:
+def device_views(pixels: Tensor, shrunk: Sequence[int], drawn: Sequence[Sequence[ViewParameters]]) -> Tensor:
     """Views of one side, (B, V, side, side, 3) uint8, on the device of the images.
 
     Args:
-        images: B of (h, w, 3) uint8, of any sizes.
+        pixels: images (B, 3, H, W), as `padded` makes them.
         shrunk: how many times smaller each is than the image that its boxes refer to.
         drawn: V parameters for each image, all of one side.
     """
-    pixels = _padded(images)
     views = [view for row in drawn for view in row]
     boxes = [[edge / scale for edge in view.box] for row, scale in zip(drawn, shrunk, strict=True) for view in row]
     cut = _cut(pixels, torch.tensor(boxes, device=pixels.device), views[0].side)
     made = _augment(cut.flatten(0, 1), views)
-    return made.to(torch.uint8).permute(0, 2, 3, 1).unflatten(0, (len(images), -1)).contiguous()
+    return made.to(torch.uint8).permute(0, 2, 3, 1).unflatten(0, (len(pixels), -1)).contiguous()
 
 
-def _padded(images: Sequence[Tensor]) -> Tensor:
-    """One (B, 3, H, W) float32 of (h, w, 3) uint8 images, with zeros right and below."""
+def padded(images: Sequence[Tensor], device: torch.device) -> Tensor:
+    """One (B, 3, H, W) float32 of (h, w, 3) uint8 images of any sizes, with zeros right and below."""
     height, width = (max(image.shape[axis] for image in images) for axis in (0, 1))
-    pixels = torch.zeros(len(images), 3, height, width, device=images[0].device)
+    pixels = torch.zeros(len(images), 3, height, width, device=device)
     for image, row in zip(images, pixels, strict=True):
-        row[:, : image.shape[0], : image.shape[1]] = image.permute(2, 0, 1)
+        row[:, : image.shape[0], : image.shape[1]] = image.to(device, non_blocking=True).permute(2, 0, 1)
     return pixels
 
 

@@ -47,7 +47,8 @@ def _train(
 ) -> Outcome:
     newest = None if workers.rank else find_newest(run, line)
     step = workers.share(newest and int(newest["step"]))
-    views = start_now(stream_views(run, workers.rank, workers.world_size, step or 0, data_tasks(layout, workers.world_size)))
+    tasks = data_tasks(layout, workers.world_size)
+    views = start_now(stream_views(run, workers.rank, workers.world_size, step or 0, tasks, device))
     state = build_state(run.config, run.resolved, device, workers)
     if step is not None:
         from_tensors(state, workers.share_tensors(newest))

@@ -66,7 +66,7 @@ class Reporter(Silent):
         self.top1: tuple[int, float] | None = None  # step and accuracy of the last evaluation
 
     def views(self, views: Views) -> None:
-        grid = view_grid(views.global_views[:8].numpy(), views.local_views[:8].numpy())
+        grid = view_grid(views.global_views[:8].cpu().numpy(), views.local_views[:8].cpu().numpy())
         self.line.announce({"kind": "views", "grid": grid})
 
     def metrics(self, lines: list[dict[str, Any]]) -> None:
