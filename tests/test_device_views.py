@@ -78,6 +78,22 @@ def test_jitter_in_its_order(order):
     assert difference(on_device(pixels(64, 64), other), expected) > 1.5
 
 
+def test_a_box_sees_nothing_beside_it():
+    image = np.zeros((60, 80, 3), np.uint8)
+    image[20:40, 30:50] = 255
+    for box in ((0, 0, 30, 60), (50, 0, 80, 60), (0, 0, 80, 20), (0, 40, 80, 60)):
+        assert not on_device(image, replace(PLAIN, box=box)).any()
+    assert (on_device(image, replace(PLAIN, box=(30, 20, 50, 40))) == 255).all()
+
+
+def test_blur_reflects_at_the_edges():
+    ramp = np.repeat(np.arange(0, 256, 4, dtype=np.uint8)[None, :, None], 64, 0).repeat(3, 2)
+    for image in (ramp, ramp.transpose(1, 0, 2).copy()):
+        view = replace(PLAIN, blur_sigma=2.0)
+        found, expected = on_device(image, view).astype(int), apply_view(Pyramid(image), view).astype(int)
+        assert np.abs(found - expected).max() <= 1
+
+
 def test_a_batch_of_images_of_many_sizes():
     """Every image gets its own views, whatever lies beside it, with all of the recipe's operations."""
     images = [pixels(200, 150), pixels(90, 160), pixels(130, 70)]

@@ -1,5 +1,8 @@
 """From a file's bytes to views: decoded no larger than needed, drawn for the full size, unreadable files passed over."""
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -39,6 +42,12 @@ def test_a_large_jpeg_is_decoded_smaller_and_its_views_stay(monkeypatch):
     for one, whole, wrong in zip(found, expected, other, strict=True):
         assert np.abs(one.astype(float) - whole).mean() < 2.5
         assert np.abs(one.astype(float) - wrong).mean() > 10
+
+
+def test_it_needs_no_torch():
+    """Tasks start in a second because of that."""
+    code = "import sys, massl_ray.data.making; print(sorted({'torch', 'torchvision', 'ray'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
 
 
 def settings(source, *flags):

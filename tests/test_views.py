@@ -295,6 +295,13 @@ def test_blur(sigma):
         assert difference(applied(blur_sigma=sigma / 2), expected) > 2.5
 
 
+def test_blur_keeps_the_level():
+    flat = np.full((24, 24, 3), 251, np.uint8)
+    for sigma in np.linspace(0.1, 4.0, 79):
+        view = replace(PLAIN, side=24, box=(0, 0, 24, 24), blur_sigma=float(sigma))
+        assert (apply_view(Pyramid(flat), view) == 251).all()
+
+
 def test_solarize():
     assert difference(applied(solarize=True), reference.solarize(square(), 128)) == 0
 

@@ -21,7 +21,7 @@ from massl_ray.data.decode import Encoded
 from massl_ray.data.making import views_of
 
 NUMBER = 32  # photographs a round
-BLUR_TAPS = 9  # of torchvision's blur; ours has up to 13, the reach of three standard deviations
+BLUR_TAPS = 9  # of torchvision's blur, as recipes with this range of sigma have it; ours has up to 11
 
 
 def run(device: torch.device, rounds: int, photos: str | None = None) -> dict[str, Any]:

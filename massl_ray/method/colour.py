@@ -42,8 +42,8 @@ class Affine(NamedTuple):
     def __call__(self, pixels: np.ndarray) -> np.ndarray:
         if self == KEEP:
             return pixels
-        r, g, b = (self.gray * weight for weight in LUMA)
-        keep, offset = self.scale, self.offset
+        keep, gray, offset = self
+        r, g, b = gray * LUMA[0], gray * LUMA[1], gray * LUMA[2]
         matrix = [[keep + r, g, b, offset], [r, keep + g, b, offset], [r, g, keep + b, offset]]
         return cv2.transform(pixels, np.array(matrix))
 
