@@ -87,8 +87,9 @@ def test_a_box_sees_nothing_beside_it():
 
 
 def test_blur_reflects_at_the_edges():
-    ramp = np.repeat(np.arange(0, 256, 4, dtype=np.uint8)[None, :, None], 64, 0).repeat(3, 2)
-    for image in (ramp, ramp.transpose(1, 0, 2).copy()):
+    rim = np.zeros((64, 64, 3), np.uint8)
+    rim[:, 0] = rim[:, -1] = 255
+    for image in (rim, rim.transpose(1, 0, 2).copy()):
         view = replace(PLAIN, blur_sigma=2.0)
         found, expected = on_device(image, view).astype(int), apply_view(Pyramid(image), view).astype(int)
         assert np.abs(found - expected).max() <= 1
