@@ -6,7 +6,7 @@ import json
 import sys
 from collections.abc import Sequence
 
-NAMES = ("readout", "step", "resize", "exact", "cost")
+NAMES = ("readout", "views", "step", "resize", "exact", "cost")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -15,13 +15,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
     parser.add_argument("--device", default=None, help="cpu or cuda; by default cuda where there is one")
     parser.add_argument("--rounds", type=int, help="timed rounds; the figures are medians [7; of resize 1]")
+    parser.add_argument("--photos", help="views: a folder of photographs to cut up [those of the system]")
     arguments = parser.parse_args(argv)
 
     import torch  # late: --help answers at once
 
     device = torch.device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    rounds = {} if arguments.rounds is None else {"rounds": arguments.rounds}
-    result = importlib.import_module(f"massl_ray.benches.{arguments.name}").run(device, **rounds)
+    options = {"rounds": arguments.rounds, "photos": arguments.photos}
+    given = {name: value for name, value in options.items() if value is not None}
+    result = importlib.import_module(f"massl_ray.benches.{arguments.name}").run(device, **given)
     if arguments.json:
         print(json.dumps(result))
     else:

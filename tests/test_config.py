@@ -204,6 +204,8 @@ READ_ELSEWHERE = {
     "data.cache_gb": ("training/run.py", "config.data.cache_gb"),
     "data.window": ("training/run.py", "config.data.window"),
     "data.max_skipped": ("training/loop.py", "config.data.max_skipped"),
+    "views.device": ("data/making.py", "self.config.views.device"),
+    "data.max_pixels": ("data/making.py", "self.config.data.max_pixels"),
     "train.device": ("on_ray/layout.py", "config.train.device"),
     "train.threads": ("on_ray/life.py", "config.train.threads"),
     "train.precision": ("training/state.py", "config.train.precision"),

@@ -20,7 +20,7 @@ from massl_ray.data import files, sources
 from massl_ray.data.decode import decode
 from massl_ray.data.files import SUFFIXES, by_folder
 from massl_ray.data.listing import Listing
-from massl_ray.data.making import read_or_next
+from massl_ray.data.making import first_readable
 from massl_ray.data.sources import fault, hold_out, open_source, probe
 from massl_ray.errors import UserError
 from massl_ray.storage import Folder
@@ -394,12 +394,12 @@ def test_what_cannot_be_read_is_named_and_the_next_is_taken(tmp_path, monkeypatc
     assert names(images) == [*expected, "really a jpeg.png", "z\nü 猫.png"]
     for sample, reason in enumerate(expected.values()):
         assert str(fault(images, sample)).startswith(reason)
-        image, skipped = read_or_next(images, sample)
+        image, skipped = first_readable(images, sample, decode)
         assert image.getpixel((0, 0))[0] > 250 and image.size == (40, 40)  # the red one
         assert [line.partition(": ")[0] for line in skipped] == [f"{tmp_path}/{name}" for name in list(expected)[sample:]]
-    assert read_or_next(images, 7)[1] == []
+    assert first_readable(images, 7, decode)[1] == []
     (tmp_path / "z\nü 猫.png").unlink()  # it vanishes during the run
-    assert read_or_next(images, 7)[1][0].startswith(f"{tmp_path}/z\nü 猫.png: FileNotFoundError")
+    assert first_readable(images, 7, decode)[1][0].startswith(f"{tmp_path}/z\nü 猫.png: FileNotFoundError")
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read anything")
@@ -413,7 +413,7 @@ def test_a_file_that_may_not_be_read(tmp_path):
 def test_broken_images_in_tables_and_archives_are_skipped_too(tmp_path, kind):
     broken = [IMAGES[0], b"", IMAGES[2][:100], b"no image", IMAGES[4], IMAGES[5], IMAGES[6], IMAGES[7]]
     images = open_source(str(KINDS[kind](tmp_path, broken)))
-    image, skipped = read_or_next(images, 1)
+    image, skipped = first_readable(images, 1, decode)
     assert len(skipped) == 3 and skipped[0].startswith(f"{images.path(1)}: ")
     np.testing.assert_array_equal(np.asarray(image), np.asarray(decode(IMAGES[4])))
 
@@ -452,7 +452,7 @@ def test_probe_of_nothing_that_can_be_read(tmp_path):
 
 def test_probe_tries_a_spread_out_few(monkeypatch):
     tried = []
-    monkeypatch.setattr(sources, "fault", lambda images, sample: tried.append(images.path(sample)))
+    monkeypatch.setattr(sources, "fault", lambda images, sample, max_pixels: tried.append(images.path(sample)))
     images = listed("/images", map(str, range(10_000)))
     probe(images, 0.05)
     places = sorted(int(os.path.basename(path)) for path in tried)

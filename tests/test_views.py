@@ -14,7 +14,9 @@ from torchvision.transforms import InterpolationMode, RandomResizedCrop
 from torchvision.transforms import functional as reference
 
 from massl_ray.config import ViewsSection
-from massl_ray.method.views import Jitter, ViewParameters, apply_view, center_view, draw_view, make_views
+from massl_ray.method.colour import Jitter
+from massl_ray.method.resampling import Pyramid
+from massl_ray.method.views import ViewParameters, apply_view, center_view, draw_view, make_views
 from tests.helpers import photograph
 
 CONFIG = ViewsSection(global_size=32, local_size=16, num_local=3)
@@ -47,6 +49,10 @@ def difference(found: np.ndarray, expected: Image.Image) -> float:
     expected = np.asarray(expected)
     assert found.shape == expected.shape and found.dtype == np.uint8
     return float(np.abs(found.astype(float) - expected.astype(float)).mean())
+
+
+def viewed(image: Image.Image, view: ViewParameters) -> np.ndarray:
+    return apply_view(Pyramid(np.asarray(image)), view)
 
 
 # ---- keys ------------------------------------------------------------------------------------------------------------
@@ -93,7 +99,7 @@ def test_make_views_applies_what_is_drawn():
     global_views, local_views = make_views(image, CONFIG, seed=4, epoch=1, sample=8)
     assert global_views.shape == (2, 32, 32, 3) and local_views.shape == (3, 16, 16, 3)
     for view, pixels in enumerate([*global_views, *local_views]):
-        expected = apply_view(image, draw_view(CONFIG, 160, 120, seed=4, epoch=1, sample=8, view=view))
+        expected = viewed(image, draw_view(CONFIG, 160, 120, seed=4, epoch=1, sample=8, view=view))
         assert np.array_equal(pixels, expected)
 
 
@@ -214,8 +220,8 @@ def test_tiny_images_give_views(size):
 def test_crop_and_resize(box):
     left, top, right, bottom = box
     expected = reference.resized_crop(photograph(), top, left, bottom - top, right - left, [64, 64], InterpolationMode.BICUBIC)
-    assert difference(apply_view(photograph(), replace(PLAIN, box=box)), expected) < 2.5
-    assert difference(apply_view(photograph(), replace(PLAIN, box=(left + 8, top, right, bottom))), expected) > 2.5
+    assert difference(viewed(photograph(), replace(PLAIN, box=box)), expected) < 2.5
+    assert difference(viewed(photograph(), replace(PLAIN, box=(left + 8, top, right, bottom))), expected) > 2.5
 
 
 def square() -> Image.Image:
@@ -224,7 +230,7 @@ def square() -> Image.Image:
 
 
 def applied(**changes) -> np.ndarray:
-    return apply_view(square(), replace(PLAIN, box=(0, 0, 64, 64), **changes))
+    return viewed(square(), replace(PLAIN, box=(0, 0, 64, 64), **changes))
 
 
 def test_a_view_without_operations_keeps_the_pixels():
@@ -248,7 +254,7 @@ def test_flip():
 def test_jitter_factors(name, adjust, factor):
     expected = adjust(square(), factor)
     assert difference(applied(jitter=replace(STILL, **{name: factor})), reference.adjust_hue(expected, 0.0)) < 1.5
-    assert difference(applied(jitter=replace(STILL, **{name: 2 - factor})), expected) > 3  # the other way is far off
+    assert difference(applied(jitter=replace(STILL, **{name: 2 - factor})), expected) > 2.5  # the other way is far off
 
 
 @pytest.mark.parametrize("hue", [-0.5, -0.1, -0.031, 0.05, 0.1, 0.3])
@@ -277,7 +283,7 @@ def test_jitter_in_its_order(order):
 
 
 def test_gray():
-    assert difference(applied(gray=True), reference.rgb_to_grayscale(square(), 3)) == 0
+    assert difference(applied(gray=True), reference.rgb_to_grayscale(square(), 3)) < 0.01  # halves are rounded otherwise
 
 
 @pytest.mark.parametrize("sigma", [0.1, 0.5, 1.0, 1.5, 2.0])
@@ -287,6 +293,13 @@ def test_blur(sigma):
     assert difference(applied(blur_sigma=sigma), expected) < 2.5
     if sigma >= 1:
         assert difference(applied(blur_sigma=sigma / 2), expected) > 2.5
+
+
+def test_blur_keeps_the_level():
+    flat = np.full((24, 24, 3), 251, np.uint8)
+    for sigma in np.linspace(0.1, 4.0, 79):
+        view = replace(PLAIN, side=24, box=(0, 0, 24, 24), blur_sigma=float(sigma))
+        assert (apply_view(Pyramid(flat), view) == 251).all()
 
 
 def test_solarize():
@@ -301,15 +314,15 @@ def test_operations_come_in_the_papers_order():
     image = reference.adjust_saturation(reference.adjust_brightness(image, 1.3), 1.2)
     image = reference.gaussian_blur(reference.rgb_to_grayscale(image, 3), [13, 13], [1.5, 1.5])
     # a level beside the threshold may fall on its other side, which is worth up to 255
-    assert difference(apply_view(photograph(), view), reference.solarize(image, 128)) < 4
-    before = difference(apply_view(photograph(), replace(view, solarize=False)), image)
+    assert difference(viewed(photograph(), view), reference.solarize(image, 128)) < 4
+    before = difference(viewed(photograph(), replace(view, solarize=False)), image)
     assert before < 2.5
 
 
 def test_the_image_is_left_as_it_was():
     image = photograph()
     before = image.tobytes()
-    apply_view(image, replace(PLAIN, flip=True, jitter=replace(STILL, brightness=0.6), solarize=True))
+    viewed(image, replace(PLAIN, flip=True, jitter=replace(STILL, brightness=0.6), solarize=True))
     assert image.tobytes() == before
 
 

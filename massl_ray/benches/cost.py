@@ -112,7 +112,8 @@ def _noise(config: Config, images: int) -> Views:
         (images, 2, views.global_size, views.global_size, 3),
         (images, views.num_local, views.local_size, views.local_size, 3),
     ]
-    return Views(*(torch.randint(0, 256, shape, dtype=torch.uint8, generator=random) for shape in shapes), [])
+    global_views, local_views = (torch.randint(0, 256, shape, dtype=torch.uint8, generator=random) for shape in shapes)
+    return Views(global_views, local_views, [])
 
 
 def _free_port() -> int:

@@ -75,7 +75,7 @@ def _train(cluster: Any, arguments: list[str], meet: Callable[[dict[str, Any]], 
     run = claim_directory(prepare_run(load(arguments)))
     _say(f"training in {run.dir.name}")
     outcome, _ = run_through(run, cluster, meet)
-    _say(f"{outcome.status} after step {outcome.step}")
+    _say(f"{outcome.status} after step {outcome.step}, state {final_hash(run)}")
     return run
 
 

@@ -21,23 +21,28 @@ STEADY_ALLOCATOR = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "65536", 
 """glibc gives large blocks back as soon as they are freed, so that a peak is what was needed and not what was kept."""
 
 
-def alternate(sides: Mapping[str, Callable[[], Any]], device: torch.device, rounds: int) -> dict[str, list[float]]:
+Clock = Callable[[], float]
+
+
+def alternate(
+    sides: Mapping[str, Callable[[], Any]], device: torch.device, rounds: int, clock: Clock = time.perf_counter
+) -> dict[str, list[float]]:
     """Seconds of each side, `rounds` times, taking turns, after one round that is not counted."""
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     for turn in range(rounds + 1):
         for name, call in sides.items():
-            elapsed = timed(call, device)
+            elapsed = timed(call, device, clock)
             if turn:
                 seconds[name].append(elapsed)
     return seconds
 
 
-def timed(call: Callable[[], Any], device: torch.device) -> float:
+def timed(call: Callable[[], Any], device: torch.device, clock: Clock = time.perf_counter) -> float:
     synchronize(device)
-    started = time.perf_counter()
+    started = clock()
     call()
     synchronize(device)
-    return time.perf_counter() - started
+    return clock() - started
 
 
 def synchronize(device: torch.device) -> None:

@@ -40,6 +40,8 @@ class DataSection(Section):
     that holds. 0: the whole data set at once."""
     max_skipped: Share = 0.05
     """Share of unreadable images, among those tried, above which the run stops."""
+    max_pixels: Annotated[int, Field(ge=1)] = 200_000_000
+    """Images of more pixels count as unreadable: a small file can hold an enormous image."""
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
     """Channel means (red, green, blue, in 0..1) subtracted from every view."""
     std: tuple[Positive, Positive, Positive] = (0.229, 0.224, 0.225)
@@ -79,6 +81,9 @@ class ViewsSection(Section):
     """Range of the blur's standard deviation, in pixels of the view."""
     solarize: Probability = 0.2
     """Probability of solarizing the second global view."""
+    device: Literal["cpu", "cuda"] = "cpu"
+    """cpu: Ray Data tasks make the views. cuda: they only decode, and each worker makes the views on its GPU; for clusters with
+    few CPUs a GPU."""
 
 
 class ModelSection(Section):

@@ -10,7 +10,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from massl_ray.config import Config
-from massl_ray.data.decode import UNREADABLE, decode
+from massl_ray.data.decode import MAX_PIXELS, UNREADABLE, decode
 from massl_ray.data.listing import Listing
 from massl_ray.method.views import center_view
 
@@ -37,7 +37,7 @@ def backbone_features(backbone: nn.Module, listing: Listing, config: Config, dev
             torch.inference_mode(),
             torch.autocast(device.type, dtype=torch.bfloat16, enabled=config.train.precision == "bf16"),
         ):
-            for numbers, pixels in _chunks(listing, lambda image: center_view(image, size, share)):
+            for numbers, pixels in _chunks(listing, lambda image: center_view(image, size, share), config.data.max_pixels):
                 normal = (pixels.to(device).float() - mean) / std
                 rows.append(backbone(normal.permute(0, 3, 1, 2)).float().cpu())
                 samples.append(numbers)
@@ -46,13 +46,13 @@ def backbone_features(backbone: nn.Module, listing: Listing, config: Config, dev
     return _features(listing, rows, samples)
 
 
-def pixel_features(listing: Listing, side: int = 32) -> Features:
+def pixel_features(listing: Listing, side: int = 32, max_pixels: int = MAX_PIXELS) -> Features:
     """The images themselves, shrunk to side x side pixels: what any backbone has to beat."""
 
     def shrink(image: Image.Image) -> np.ndarray:
         return np.asarray(image.resize((side, side), Image.Resampling.BICUBIC))
 
-    parts = [(pixels.flatten(1).float(), numbers) for numbers, pixels in _chunks(listing, shrink)]
+    parts = [(pixels.flatten(1).float(), numbers) for numbers, pixels in _chunks(listing, shrink, max_pixels)]
     return _features(listing, [rows for rows, _ in parts], [numbers for _, numbers in parts])
 
 
@@ -64,12 +64,12 @@ def _features(listing: Listing, rows: list[Tensor], samples: list[Tensor]) -> Fe
     return Features(torch.cat(rows), places, labels)
 
 
-def _chunks(listing: Listing, view) -> Iterator[tuple[Tensor, Tensor]]:
+def _chunks(listing: Listing, view, max_pixels: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Places (n,) and pixels (n, H, W, 3) uint8 of the readable images, a chunk at a time, decoded by a few threads."""
 
     def load(sample: int) -> np.ndarray | None:
         try:
-            return view(decode(listing.read(sample)))
+            return view(decode(listing.read(sample), max_pixels))
         except UNREADABLE:
             return None
 

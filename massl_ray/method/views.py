@@ -6,27 +6,28 @@ Order of operations (paper): crop and resize, flip, colour jitter, gray, blur, s
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
+from itertools import permutations
 
+import cv2
 import numpy as np
-from PIL import Image, ImageEnhance, ImageFilter, ImageOps
+from numpy.typing import ArrayLike
+from PIL import Image
 
 from massl_ray.config import ViewsSection
 from massl_ray.keyed import Stream, generator
+from massl_ray.method.colour import Jitter, apply_jitter, to_gray
+from massl_ray.method.resampling import Box, Pyramid, shrinkage
 
-
-@dataclass(frozen=True)
-class Jitter:
-    brightness: float  # factor, 1 keeps
-    contrast: float  # factor, 1 keeps
-    saturation: float  # factor, 1 keeps
-    hue: float  # turns of the colour wheel, 0 keeps
-    order: tuple[int, ...]  # in which the four are applied
+ORDERS = tuple(permutations(range(4)))
+TRIES = 10  # at a box that fits the image
+NUM_DRAWS = 11 + 4 * TRIES  # of a view, whether or not it needs them all: a draw never moves another's place
 
 
 @dataclass(frozen=True)
 class ViewParameters:
     side: int  # pixels of the view
-    box: tuple[float, float, float, float]  # left, top, right, bottom in pixels of the image
+    box: Box  # left, top, right, bottom in pixels of the image
     flip: bool
     jitter: Jitter | None
     gray: bool
@@ -36,52 +37,49 @@ class ViewParameters:
 
 def draw_view(config: ViewsSection, width: int, height: int, *, seed: int, epoch: int, sample: int, view: int) -> ViewParameters:
     """Draw one view of an image of `width` x `height` pixels: a pure function of (seed, epoch, sample, view)."""
-    random = generator(Stream.VIEWS, seed, epoch, sample, view)
-    kind = min(view, 2)  # first global, second global, local
-    jitter = None
-    box = _draw_box(random, width, height, config.global_area if kind < 2 else config.local_area)
-    flip = random.random() < config.flip
-    if random.random() < config.jitter:
-        jitter = Jitter(
-            brightness=_factor(random, config.brightness),
-            contrast=_factor(random, config.contrast),
-            saturation=_factor(random, config.saturation),
-            hue=random.uniform(-config.hue, config.hue),
-            order=tuple(random.permutation(4).tolist()),
-        )
-    gray = random.random() < config.gray
-    blurred = random.random() < config.blur[kind]
-    sigma = random.uniform(*config.blur_sigma)
-    solarize = random.random() < config.solarize and kind == 1
-    side = config.global_size if kind < 2 else config.local_size
-    return ViewParameters(side, box, flip, jitter, gray, sigma if blurred else 0.0, solarize)
+    return _parameters(config, width, height, view, _draws(seed, epoch, sample, view + 1)[view])
 
 
-def apply_view(image: Image.Image, view: ViewParameters) -> np.ndarray:
-    """Cut and augment: (side, side, 3) uint8, RGB. `image` is in mode RGB."""
-    crop = image.resize((view.side, view.side), Image.Resampling.BICUBIC, box=view.box)
+def draw_views(config: ViewsSection, width: int, height: int, *, seed: int, epoch: int, sample: int) -> list[ViewParameters]:
+    """All views of an image: the two global ones, then the local ones."""
+    rows = _draws(seed, epoch, sample, 2 + config.num_local)
+    return [_parameters(config, width, height, view, row) for view, row in enumerate(rows)]
+
+
+def smallest_shrinkage(drawn: list[ViewParameters]) -> int:
+    """The power of two by which the image may be smaller and every view still be cut from it without visible loss."""
+    return min(shrinkage(view.box, view.side) for view in drawn)
+
+
+def apply_view(image: Pyramid, view: ViewParameters) -> np.ndarray:
+    """Cut and augment: (side, side, 3) uint8, RGB."""
+    pixels = image.cut(view.box, view.side)
     if view.flip:
-        crop = crop.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        pixels = cv2.flip(pixels, 1)
     if view.jitter:
-        crop = _apply_jitter(crop, view.jitter)
+        pixels = apply_jitter(pixels, view.jitter)
     if view.gray:
-        crop = crop.convert("L").convert("RGB")
+        pixels = to_gray(pixels)  # one channel until the end
     if view.blur_sigma:
-        crop = crop.filter(ImageFilter.GaussianBlur(view.blur_sigma))
+        pixels = _blur(pixels, view.blur_sigma)
     if view.solarize:
-        crop = ImageOps.solarize(crop)
-    return np.asarray(crop)
+        pixels = np.minimum(pixels, 255 - pixels)  # inverts what is 128 or more
+    return cv2.cvtColor(pixels, cv2.COLOR_GRAY2RGB) if view.gray else pixels
 
 
-def make_views(image: Image.Image, config: ViewsSection, *, seed: int, epoch: int, sample: int) -> tuple[np.ndarray, np.ndarray]:
+def apply_views(image: Pyramid, drawn: list[ViewParameters], config: ViewsSection) -> tuple[np.ndarray, np.ndarray]:
     """All views of one image, uint8: global (2, H, W, 3) and local (num_local, h, w, 3)."""
-    drawn = [
-        draw_view(config, *image.size, seed=seed, epoch=epoch, sample=sample, view=view) for view in range(2 + config.num_local)
-    ]
     global_views = np.stack([apply_view(image, view) for view in drawn[:2]])
     if not config.num_local:
         return global_views, np.empty((0, config.local_size, config.local_size, 3), np.uint8)
     return global_views, np.stack([apply_view(image, view) for view in drawn[2:]])
+
+
+def make_views(image: ArrayLike, config: ViewsSection, *, seed: int, epoch: int, sample: int) -> tuple[np.ndarray, np.ndarray]:
+    """Draw and apply all views of one decoded image, (h, w, 3) uint8 or a Pillow image in mode RGB."""
+    pixels = np.asarray(image)
+    drawn = draw_views(config, pixels.shape[1], pixels.shape[0], seed=seed, epoch=epoch, sample=sample)
+    return apply_views(Pyramid(pixels), drawn, config)
 
 
 def center_view(image: Image.Image, side: int, share: float) -> np.ndarray:
@@ -92,35 +90,65 @@ def center_view(image: Image.Image, side: int, share: float) -> np.ndarray:
     return np.asarray(image.resize((side, side), Image.Resampling.BICUBIC, box=(left, top, left + cut, top + cut)))
 
 
-def _draw_box(random: np.random.Generator, width: int, height: int, area: tuple[float, float]) -> tuple[float, float, float, float]:
-    """Random resized crop: area share uniform, aspect ratio log-uniform in 3/4..4/3; after ten misses the largest centred crop."""
-    for _ in range(10):
-        pixels = width * height * random.uniform(*area)
-        aspect = math.exp(random.uniform(math.log(3 / 4), math.log(4 / 3)))
+def _draws(seed: int, epoch: int, sample: int, views: int) -> list[list[float]]:
+    """A row of uniform draws for each view; more views leave the rows before them as they are."""
+    return generator(Stream.VIEWS, seed, epoch, sample).random((views, NUM_DRAWS)).tolist()
+
+
+def _parameters(config: ViewsSection, width: int, height: int, view: int, draws: list[float]) -> ViewParameters:
+    flip, jittered, brightness, contrast, saturation, hue, order, gray, blurred, sigma, solarize = draws[:11]
+    kind = min(view, 2)  # first global, second global, local
+    jitter = None
+    if jittered < config.jitter:
+        jitter = Jitter(
+            brightness=_between(1 - config.brightness, 1 + config.brightness, brightness),
+            contrast=_between(1 - config.contrast, 1 + config.contrast, contrast),
+            saturation=_between(1 - config.saturation, 1 + config.saturation, saturation),
+            hue=_between(-config.hue, config.hue, hue),
+            order=ORDERS[int(order * len(ORDERS))],
+        )
+    return ViewParameters(
+        side=config.global_size if kind < 2 else config.local_size,
+        box=_box(draws[11:], width, height, config.global_area if kind < 2 else config.local_area),
+        flip=flip < config.flip,
+        jitter=jitter,
+        gray=gray < config.gray,
+        blur_sigma=_between(*config.blur_sigma, sigma) if blurred < config.blur[kind] else 0.0,
+        solarize=solarize < config.solarize and kind == 1,
+    )
+
+
+def _box(draws: list[float], width: int, height: int, area: tuple[float, float]) -> Box:
+    """Random resized crop: area share uniform, aspect ratio log-uniform in 3/4..4/3; after ten misses the largest centred crop.
+    Four draws a try."""
+    for n in range(0, 4 * TRIES, 4):
+        pixels = width * height * _between(*area, draws[n])
+        aspect = math.exp(_between(math.log(3 / 4), math.log(4 / 3), draws[n + 1]))
         w, h = round(math.sqrt(pixels * aspect)), round(math.sqrt(pixels / aspect))
         if 0 < w <= width and 0 < h <= height:
-            left, top = int(random.integers(0, width - w + 1)), int(random.integers(0, height - h + 1))
+            left, top = int(draws[n + 2] * (width - w + 1)), int(draws[n + 3] * (height - h + 1))
             return left, top, left + w, top + h
     w, h = min(width, round(height * 4 / 3)), min(height, round(width * 4 / 3))
     left, top = (width - w) // 2, (height - h) // 2
     return left, top, left + w, top + h
 
 
-def _factor(random: np.random.Generator, strength: float) -> float:
-    return random.uniform(1 - strength, 1 + strength)
+def _between(low: float, high: float, draw: float) -> float:
+    return low + (high - low) * draw
 
 
-def _apply_jitter(image: Image.Image, jitter: Jitter) -> Image.Image:
-    for operation in jitter.order:
-        if operation == 0:
-            image = ImageEnhance.Brightness(image).enhance(jitter.brightness)
-        elif operation == 1:
-            image = ImageEnhance.Contrast(image).enhance(jitter.contrast)
-        elif operation == 2:
-            image = ImageEnhance.Color(image).enhance(jitter.saturation)
-        else:
-            hue, saturation, value = image.convert("HSV").split()
-            shift = round(jitter.hue * 255)
-            hue = hue.point([(level + shift) % 256 for level in range(256)])
-            image = Image.merge("HSV", (hue, saturation, value)).convert("RGB")
-    return image
+def _blur(pixels: np.ndarray, sigma: float) -> np.ndarray:
+    """Gaussian blur. Taps are multiples of 1/256 that sum to one: OpenCV then computes in whole numbers, without a shift in
+    brightness."""
+    kernel = _gaussian(round(128 * sigma) / 128)
+    return cv2.sepFilter2D(pixels, -1, kernel, kernel, borderType=cv2.BORDER_REFLECT_101)
+
+
+@lru_cache(256)
+def _gaussian(sigma: float) -> np.ndarray:
+    """Taps (n,) to two and a half standard deviations."""
+    reach = math.ceil(2.5 * sigma)
+    weights = [math.exp(-0.5 * (place / sigma) ** 2) for place in range(-reach, reach + 1)]
+    taps = [round(256 * weight / sum(weights)) for weight in weights]
+    taps[reach] += 256 - sum(taps)
+    return np.array(taps, dtype=np.float32) / 256

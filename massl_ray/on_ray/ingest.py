@@ -10,9 +10,12 @@ import ray.data
 import torch
 from ray.data import DataContext, ExecutionOptions, ExecutionResources
 from ray.data._internal.datasource.range_datasource import RangeDatasource
+from torch import Tensor
 
 from massl_ray.data.making import ViewMaker
 from massl_ray.data.order import worker_share
+from massl_ray.method.device_views import device_views, padded
+from massl_ray.method.views import draw_views
 from massl_ray.on_ray.layout import DATA_TASK_CPUS
 from massl_ray.training.loop import Views
 from massl_ray.training.run import Run
@@ -23,7 +26,9 @@ LEAD = 8  # steps before the end of a dataset at which the next one starts
 ROWS = 64  # images a task makes views of, at most
 
 
-def stream_views(run: Run, rank: int, world_size: int, start_step: int, tasks: int) -> Generator[Views, None, None]:
+def stream_views(
+    run: Run, rank: int, world_size: int, start_step: int, tasks: int, device: torch.device
+) -> Generator[Views, None, None]:
     """Views of this worker's share of each step's batch, from `start_step` to the end of the run.
 
     `tasks` bounds those that run at once for this worker. What comes out depends on (configuration, images, step, share)
@@ -35,10 +40,10 @@ def stream_views(run: Run, rank: int, world_size: int, start_step: int, tasks: i
     steps_at_once = max(STEPS, TASKS * task_rows // share)
 
     def dataset_from(begin: int) -> Generator[Views, None, None]:
-        make = ViewMaker(run.images, run.config.views, run.config.run.seed, run.resolved.batch_size, begin, first, share)
+        make = ViewMaker(run.images, run.config, run.resolved.batch_size, begin, first, share)
         dataset = _dataset(make, (min(begin + steps_at_once, steps) - begin) * share, task_rows, tasks)
         for rows in dataset.iter_batches(batch_size=share, batch_format="numpy", prefetch_batches=2):
-            yield _to_views(rows)  # type: ignore[arg-type]
+            yield _to_views(rows, run, device)  # type: ignore[arg-type]
 
     upcoming = dataset_from(start_step)
     for begin in range(start_step, steps, steps_at_once):
@@ -49,7 +54,7 @@ def stream_views(run: Run, rank: int, world_size: int, start_step: int, tasks: i
             yield views
 
 
-def start_now(stream: Generator[Views, None, None]) -> Generator[Views]:
+def start_now(stream: Generator[Views, None, None]) -> Generator[Views, None, None]:
     """Ray Data takes seconds to its first batch: begin fetching it while the caller prepares."""
     first = ThreadPoolExecutor(1).submit(next, stream)
 
@@ -88,9 +93,35 @@ def _dataset(make: Any, rows: int, task_rows: int, tasks: int) -> ray.data.Datas
         return numbers.map_batches(make, batch_size=None, batch_format="numpy", num_cpus=DATA_TASK_CPUS)
 
 
-def _to_views(rows: dict[str, np.ndarray]) -> Views:
+def _to_views(rows: dict[str, np.ndarray], run: Run, device: torch.device) -> Views:
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")  # and nobody writes to it
-        global_views, local_views = torch.from_numpy(rows["global_views"]), torch.from_numpy(rows["local_views"])
+        warnings.filterwarnings("ignore", message="The given (NumPy array|buffer) is not writable")  # and nobody writes to it
+        if "pixels" in rows:
+            global_views, local_views = _views_on_device(rows, run, device)
+        else:
+            global_views, local_views = torch.from_numpy(rows["global_views"]), torch.from_numpy(rows["local_views"])
     skipped = [line for lines in rows["skipped"] if lines for line in str(lines).split("\0")]  # no path has a NUL
     return Views(global_views, local_views, skipped)
+
+
+def _views_on_device(rows: dict[str, np.ndarray], run: Run, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Make the views of decoded images, a micro-batch at a time: its images are the same whichever worker has it, and so are
+    the last bits of sums over them."""
+    config, size = run.config.views, run.resolved.micro_batch_size
+    groups: tuple[list[Tensor], list[Tensor]] = ([], [])
+    for first in range(0, len(rows["pixels"]), size):
+        part = {name: column[first : first + size].tolist() for name, column in rows.items()}
+        images = [
+            torch.frombuffer(pixels, dtype=torch.uint8).view(*shape)
+            for pixels, shape in zip(part["pixels"], part["shape"], strict=True)
+        ]
+        drawn = [
+            draw_views(config, width, height, seed=run.config.run.seed, epoch=epoch, sample=sample)
+            for (width, height), epoch, sample in zip(part["size"], part["epoch"], part["sample"], strict=True)
+        ]
+        batch = padded(images, device)
+        groups[0].append(device_views(batch, part["shrunk"], [views[:2] for views in drawn]))
+        side = config.local_size
+        empty = torch.empty(len(images), 0, side, side, 3, dtype=torch.uint8, device=device)
+        groups[1].append(device_views(batch, part["shrunk"], [views[2:] for views in drawn]) if config.num_local else empty)
+    return torch.cat(groups[0]), torch.cat(groups[1])

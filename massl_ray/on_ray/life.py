@@ -77,7 +77,8 @@ def _train(
     state, remains.state = remains.state, None
     newer = None if workers.rank else find_newer(run, line, than=state)
     step = workers.share(newer[0] if newer else state and state.step)
-    views = start_now(stream_views(run, workers.rank, workers.world_size, step or 0, data_tasks(layout, workers.world_size)))
+    tasks = data_tasks(layout, workers.world_size)
+    views = start_now(stream_views(run, workers.rank, workers.world_size, step or 0, tasks, device))
     state = take_up(run, device, workers, state, step, newer and newer[1])
     step_s = rehearse(run, state, workers) if first_life else None
     recorder: Silent = Silent(line)

@@ -66,7 +66,7 @@ class Reporter(Silent):
         self.top1: tuple[int, float] | None = None  # step and accuracy of the last evaluation
 
     def views(self, views: Views) -> None:
-        grid = view_grid(views.global_views[:8].numpy(), views.local_views[:8].numpy())
+        grid = view_grid(views.global_views[:8].cpu().numpy(), views.local_views[:8].cpu().numpy())
         self.line.announce({"kind": "views", "grid": grid})
 
     def metrics(self, lines: list[dict[str, Any]]) -> None:
@@ -119,7 +119,8 @@ class Reporter(Silent):
             bank = backbone_features(state.teacher.backbone, run.bank, run.config, device)
             queries = backbone_features(state.teacher.backbone, run.queries, run.config, device)
             if step == 0:
-                self._knn("pixels", step, pixel_features(run.bank), pixel_features(run.queries))
+                limit = run.config.data.max_pixels
+                self._knn("pixels", step, *(pixel_features(part, max_pixels=limit) for part in (run.bank, run.queries)))
             accuracy = self._knn("untrained" if step == 0 else f"step_{step}", step, bank, queries)
             self.top1 = None if accuracy is None else (step, accuracy)
         if step == run.resolved.steps:

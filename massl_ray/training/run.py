@@ -77,7 +77,7 @@ def prepare_run(config: Config) -> Run:
         config = decided_as(earlier, config)
     images = open_source(config.data.source, cache_gb=config.data.cache_gb)
     images = _windowed(images, config.data.window)
-    probe(images, config.data.max_skipped)
+    probe(images, config.data.max_skipped, config.data.max_pixels)
     resolved = resolve(config, len(images))
     filled = fill(config, resolved)
     bank, queries = _knn_sides(config, images)
