@@ -12,7 +12,7 @@ from massl_ray.config import Config
 from massl_ray.on_ray import crew as module
 from massl_ray.on_ray.crew import Crew, Ended
 from massl_ray.on_ray.layout import Layout
-from massl_ray.on_ray.seat import Seat
+from massl_ray.on_ray.place import Seat
 from massl_ray.on_ray.telemetry import start_telemetry
 from massl_ray.training.loop import Outcome
 

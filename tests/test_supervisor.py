@@ -7,7 +7,7 @@ import pytest
 from massl_ray.on_ray import supervisor as module
 from massl_ray.on_ray.crew import Ended
 from massl_ray.on_ray.layout import Layout
-from massl_ray.on_ray.seat import Seat
+from massl_ray.on_ray.place import Seat
 from massl_ray.on_ray.supervisor import LEAVE_S, LOOK_S, SETTLE_S, Supervisor
 from massl_ray.training.loop import Outcome
 from massl_ray.training.wish import Wish

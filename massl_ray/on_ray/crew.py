@@ -11,7 +11,8 @@ from ray.exceptions import RayActorError
 
 from massl_ray.on_ray.engine import start_engine
 from massl_ray.on_ray.layout import Layout
-from massl_ray.on_ray.seat import Place, Seat, failure
+from massl_ray.on_ray.place import Place, Seat
+from massl_ray.on_ray.telemetry import failure_event
 from massl_ray.training.loop import Outcome
 from massl_ray.training.run import Run
 
@@ -117,7 +118,7 @@ class Crew:
                 self.results[rank] = error
                 if self.fails_at is None:
                     self.fails_at = time.monotonic() + FAIL_S
-                    self.announce({"kind": "failure", "text": failure(rank, error)})
+                    self.announce(failure_event(rank, error))
         if self.fails_at is not None:
             return self._fail() if not self.calls or time.monotonic() > self.fails_at else None
         return None if self.calls else Ended(Outcome(**self.results[0]))

@@ -17,7 +17,7 @@ from torch import Tensor
 from massl_ray.method.step import State
 from massl_ray.on_ray.ingest import start_now, stream_views
 from massl_ray.on_ray.layout import Layout, data_tasks
-from massl_ray.on_ray.seat import Place
+from massl_ray.on_ray.place import Place
 from massl_ray.on_ray.telemetry import TelemetryClient, unpack
 from massl_ray.reporting.reporter import Reporter, Silent
 from massl_ray.training.checkpoint import CheckpointWriter, NotSaved, list_checkpoints, read_latest, step_of

@@ -6,32 +6,16 @@ Ray Train starts these processes anew each time, so nothing that is slow is impo
 
 import os
 import time
-from dataclasses import dataclass
 from typing import Any, cast
 
 import ray
 import ray.train
 from ray.train.collective import broadcast_from_rank_zero
 
+from massl_ray.on_ray.place import Place, Seat
+from massl_ray.on_ray.telemetry import failure_event
+
 LOOK_S = 0.25
-
-
-@dataclass(frozen=True, order=True)
-class Seat:
-    """Room for one worker."""
-
-    node: str  # id of the machine
-    gpu: str | None  # which of its GPUs
-
-
-@dataclass(frozen=True)
-class Place:
-    """Of one worker in one life."""
-
-    rank: int
-    world_size: int
-    address: str  # where the workers meet, as host:port
-    gpu: str | None
 
 
 class Regroup(Exception):
@@ -68,17 +52,11 @@ def train_here(arguments: dict[str, Any]) -> dict[str, Any]:
         place = Place(rank, world_size, address, seat.gpu)
         outcome = live(arguments["run"][0], telemetry, layout, life, failures, place, Remains())
     except Exception as error:
-        telemetry.announce.remote(life, {"kind": "failure", "text": failure(rank, error)})
+        telemetry.announce.remote(life, failure_event(rank, error))
         raise
     if outcome["status"] == "resize":
         raise Regroup
     return outcome
-
-
-def failure(rank: int, error: BaseException) -> str:
-    """What befell a worker, in a line."""
-    cause = getattr(error, "cause", None) or error
-    return f"Worker {rank}: {type(cause).__name__}: {cause}"
 
 
 def _seat(use_gpu: bool) -> Seat:

@@ -11,7 +11,7 @@ from ray._private.state import state as cluster_state
 
 from massl_ray.on_ray.crew import Crew
 from massl_ray.on_ray.layout import Layout, fitting
-from massl_ray.on_ray.seat import Seat
+from massl_ray.on_ray.place import Seat
 from massl_ray.training.loop import Outcome
 from massl_ray.training.wish import Wish
 

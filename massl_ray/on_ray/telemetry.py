@@ -180,3 +180,9 @@ def unpack(state: np.ndarray) -> "dict[str, Tensor]":
     import safetensors.torch
 
     return safetensors.torch.load(state.tobytes())
+
+
+def failure_event(rank: int, error: BaseException) -> dict[str, Any]:
+    """What befell a worker, in a line."""
+    cause = getattr(error, "cause", None) or error
+    return {"kind": "failure", "text": f"Worker {rank}: {type(cause).__name__}: {cause}"}

@@ -1,0 +1,21 @@
+"""Where a worker is, in a cluster and in a life."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, order=True)
+class Seat:
+    """Room for one worker."""
+
+    node: str  # id of the machine
+    gpu: str | None  # which of its GPUs
+
+
+@dataclass(frozen=True)
+class Place:
+    """Of one worker in one life."""
+
+    rank: int
+    world_size: int
+    address: str  # where the workers meet, as host:port
+    gpu: str | None
