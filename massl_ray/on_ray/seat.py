@@ -50,7 +50,7 @@ def train_here(arguments: dict[str, Any]) -> dict[str, Any]:
     try:
         telemetry.announce.remote(life, {"kind": "placed", "rank": rank, "node": seat.node, "pid": os.getpid()})
         place = Place(rank, world_size, address, seat.gpu)
-        outcome = live(arguments["run"][0], telemetry, layout, life, failures, place, Remains())
+        outcome = live(ray.get(arguments["run"][0]), telemetry, layout, life, failures, place, Remains())
     except Exception as error:
         telemetry.announce.remote(life, failure_event(rank, error))
         raise

@@ -16,6 +16,7 @@ from massl_ray.storage import Folder, Place, reason
 
 LOCK = ".lock"
 INTERVAL_S = 5.0  # between signs of life
+JOIN_S = 10.0  # for a sign of life that is just being written: it must not come after the lock is gone
 SILENT = 3  # intervals without a sign of life after which a holder is taken for dead
 
 
@@ -97,7 +98,7 @@ def _heartbeat(folder: Folder, interval_s: float, note: Callable[[str], None]) -
         yield lost
     finally:
         done.set()
-        thread.join(interval_s)
+        thread.join(max(interval_s, JOIN_S))
         with suppress(OSError):
             if not lost.is_set() and _is_ours(folder, token):
                 folder.delete(LOCK)
