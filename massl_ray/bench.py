@@ -1,12 +1,15 @@
 """massl-ray bench NAME: measure ours beside a reference on this machine."""
 
 import argparse
+import contextlib
 import importlib
 import json
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 NAMES = ("readout", "views", "step", "resize", "exact", "cost")
+LONG = 600  # letters of a value that nobody reads in a terminal
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -23,13 +26,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     device = torch.device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     options = {"rounds": arguments.rounds, "photos": arguments.photos}
     given = {name: value for name, value in options.items() if value is not None}
-    result = importlib.import_module(f"massl_ray.benches.{arguments.name}").run(device, **given)
+    with contextlib.redirect_stdout(sys.stderr):  # what Ray says about machines that are ended on purpose
+        result = importlib.import_module(f"massl_ray.benches.{arguments.name}").run(device, **given)
     if arguments.json:
         print(json.dumps(result))
     else:
         for key, value in result.items():
-            print(f"{key:<24}{value:.4g}" if isinstance(value, float) else f"{key:<24}{value}")
+            print(f"{key:<24}{_written(value)}")
     return 0
+
+
+def _written(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return text if len(text := str(value)) < LONG else "(long; --json has it)"
 
 
 if __name__ == "__main__":

@@ -4,7 +4,8 @@ import pytest
 import ray
 
 from massl_ray.config import load
-from massl_ray.on_ray.layout import Layout, data_tasks, fitting, plan_layout
+from massl_ray.on_ray.layout import Layout, data_tasks, fitting, free_seats, plan_layout
+from massl_ray.on_ray.place import Seat
 
 
 @pytest.fixture
@@ -93,6 +94,21 @@ def test_the_number_that_is_asked_for(plan, flags, num_micro_batches, limits):
 )
 def test_fitting(per_worker, nodes, held):
     assert fitting(Layout(1, 8, "GPU" in per_worker, per_worker), nodes) == held
+
+
+def test_free_seats_are_on_machines_without_any():
+    gpus = Layout(1, 5, True, {"CPU": 0.75, "GPU": 1.0})
+    full = {"CPU": 8.0, "GPU": 4.0}
+    nodes = {"ours": full, "free": full, "shared": full, "no_gpu": {"CPU": 8.0}, "unknown": full}
+    available = {"ours": full, "free": full, "shared": {"CPU": 8.0, "GPU": 3.0}, "no_gpu": {"CPU": 8.0}}
+    assert free_seats(gpus, nodes, available, [Seat("ours", "3")]) == tuple(Seat("free", str(place)) for place in range(4))
+    assert free_seats(gpus, nodes, available, [Seat("ours", "0"), Seat("ours", "1"), Seat("ours", "2")]) == (
+        Seat("free", "0"),
+        Seat("free", "1"),
+    )
+    cpus = Layout(1, 8, False, {"CPU": 0.75})
+    two = {"a": {"CPU": 2.0}, "b": {"CPU": 2.0}}
+    assert free_seats(cpus, two, {"a": {"CPU": 0.5}, "b": {"CPU": 1.75}}, []) == (Seat("b", None), Seat("b", None))
 
 
 @pytest.mark.parametrize(

@@ -50,7 +50,9 @@ class World:
         self.told = 0
         self.coordinator: object | None = None
         monkeypatch.setattr(module, "ray", SimpleNamespace(nodes=self.nodes, get_actor=self.get_actor))
-        monkeypatch.setattr(module, "cluster_state", SimpleNamespace(get_draining_nodes=lambda: self.draining))
+        self.free = ""  # machines whose CPU nobody uses
+        ray_state = SimpleNamespace(get_draining_nodes=lambda: self.draining, available_resources_per_node=self.available)
+        monkeypatch.setattr(module, "cluster_state", ray_state)
         monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: self.now, time=lambda: self.wall))
         self.regroups = 0
         telemetry = SimpleNamespace(
@@ -67,6 +69,9 @@ class World:
     def nodes(self) -> list[dict]:
         gone = [{"NodeID": "gone", "Alive": False, "Resources": {}}]
         return gone + [{"NodeID": name, "Alive": True, "Resources": {"CPU": 1.0}} for name in self.names]
+
+    def available(self) -> dict[str, dict[str, float]]:
+        return {name: {"CPU": 1.0 if name in self.free else 0.25} for name in self.names}
 
     def get_actor(self, name: str, namespace: str) -> object:
         assert name == namespace == "AutoscalingCoordinator"
@@ -390,6 +395,49 @@ def test_a_life_begins_on_the_seats_as_soon_as_there_are_enough(monkeypatch):
     assert not made.crew.busy
     made.supervisor.lead(seats("abc"))
     assert made.crew.busy and made.crew.seats == list(seats("abc"))
+
+
+def test_a_free_machine_is_used_before_ray_train_has_found_it(in_place):
+    ab = in_place("ab", "ab")
+    ab.names, ab.free = "abc", "c"
+    ab.crew.ready = False
+    ab.look()
+    assert ab.look(2) == [] and ab.regroups == 0
+    ab.supervisor.lead(seats("ab"))
+    assert ab.asked == []
+    ab.crew.ready = True
+    ab.supervisor.lead(seats("ab"))
+    assert ab.asked == [Wish.RESIZE]
+    ab.crew.end(Outcome("resize", 9))
+    ab.supervisor.lead(seats("ab"))
+    assert ab.crew.seats == list(seats("abc"))
+    assert ab.look() == [] and ab.regroups == 0  # not before it trains there
+    ab.run_on("abc", step=9)
+    assert ab.look() == [] and ab.regroups == 1
+    ab.supervisor.lead(None)
+    ab.supervisor.lead(seats("cab"))
+    assert ab.look(5) == [] and ab.regroups == 1 and ab.asked == [Wish.RESIZE]
+    assert ab.causes == ["start", "added"]
+
+
+def test_a_free_machine_that_somebody_else_takes_meanwhile_is_left_again(in_place):
+    a = in_place("a", "a")
+    a.names, a.free = "ab", "b"
+    a.look(), a.look(2)
+    a.supervisor.lead(seats("a"))
+    a.crew.end(Outcome("resize", 9))
+    a.supervisor.lead(seats("a"))
+    a.run_on("ab", step=9)
+    a.look()
+    assert a.regroups == 1
+    a.supervisor.lead(None)
+    a.supervisor.lead(seats("a"))  # Ray Train got no more
+    assert a.asked == [Wish.RESIZE, Wish.RESIZE]
+    a.crew.end(Outcome("resize", 12))
+    a.supervisor.lead(seats("a"))
+    assert a.crew.seats == list(seats("a"))
+    a.run_on("a", step=12)
+    assert a.look(50) == [] and a.regroups == 1
 
 
 def test_growth_leaves_training_alone_until_there_are_seats_and_engines(in_place):

@@ -26,7 +26,7 @@ def test_news_come_once_in_order_and_of_the_present_life_only(actor):
     new = TelemetryClient(actor, begin(actor)[0])
     old.announce({"kind": "late"})
     new.announce({"kind": "b"})
-    assert ray.get(actor.take.remote()) == News([{"kind": "a"}, {"kind": "b"}], 2, 2, 0, ())
+    assert ray.get(actor.take.remote()) == News([{"kind": "a"}, {"kind": "b"}], 2, 2, 0, None)
     assert ray.get(actor.take.remote()).events == []
 
 
@@ -91,8 +91,9 @@ def test_seats_are_told_once_all_are_taken_and_of_the_present_start_only(actor):
 def test_seats_hold_until_they_are_to_regroup_or_the_run_is_over(actor):
     group = ray.get(actor.begin_group.remote(1))
     assert ray.get(actor.order.remote(group)) == "hold"
+    ray.get(actor.sit.remote(group, "a"))
     ray.get(actor.ask_regroup.remote())
-    assert ray.get(actor.order.remote(group)) == "leave"
+    assert ray.get(actor.order.remote(group)) == "leave" and ray.get(actor.take.remote()).seats is None
     group = ray.get(actor.begin_group.remote(1))
     assert ray.get(actor.order.remote(group)) == "hold"
     ray.get(actor.finish.remote({"status": "finished"}))

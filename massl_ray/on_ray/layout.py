@@ -1,11 +1,12 @@
 """How many workers, what each reserves, and the CPUs that remain for Ray Data."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import ray
 
 from massl_ray.config import Config
+from massl_ray.on_ray.place import Seat
 
 DATA_TASK_CPUS = 0.25
 """That a task of Ray Data reserves. Workers reserve three quarters of a CPU a thread, so on any machine that holds a worker
@@ -43,6 +44,20 @@ def fitting(layout: Layout, nodes: Iterable[Mapping[str, float]]) -> int:
     """How many workers, up to the most wanted, machines of these resources hold."""
     held = sum(int(min(node.get(name, 0.0) // amount for name, amount in layout.per_worker.items())) for node in nodes)
     return min(held, layout.max_workers)
+
+
+def free_seats(
+    layout: Layout, nodes: Mapping[str, Mapping[str, float]], available: Mapping[str, Mapping[str, float]], taken: Sequence[Seat]
+) -> tuple[Seat, ...]:
+    """Room for more workers, up to the most wanted, on machines that have none yet. Left out is a machine whose GPUs are partly in
+    use: nobody but Ray knows which ones are free."""
+    seats: list[Seat] = []
+    for node, resources in nodes.items():
+        free = available.get(node, {})
+        if any(seat.node == node for seat in taken) or free.get("GPU", 0.0) < resources.get("GPU", 0.0):
+            continue
+        seats += [Seat(node, str(place) if layout.use_gpu else None) for place in range(fitting(layout, [free]))]
+    return tuple(seats[: max(0, layout.max_workers - len(taken))])
 
 
 def data_tasks(layout: Layout, world_size: int) -> int:

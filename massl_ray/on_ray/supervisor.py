@@ -10,7 +10,7 @@ import ray
 from ray._private.state import state as cluster_state
 
 from massl_ray.on_ray.crew import Crew
-from massl_ray.on_ray.layout import Layout, fitting
+from massl_ray.on_ray.layout import Layout, fitting, free_seats
 from massl_ray.on_ray.place import Seat
 from massl_ray.training.loop import Outcome
 from massl_ray.training.wish import Wish
@@ -35,7 +35,9 @@ class Supervisor:
         self.life = 0
         self.homes: dict[int, str] = {}  # rank: node
         self.seats: tuple[Seat, ...] = ()  # that Ray Train holds for us, or held before its workers were started anew
-        self.asked: frozenset[str] | None = None  # machines there were when the run was last asked to grow
+        self.found = False  # whether it holds them
+        self.promised: tuple[Seat, ...] = ()  # that Ray Train has not found yet, on machines that came since
+        self.asked: frozenset[str] | None = None  # machines there were when the run, or Ray Train, was last asked to grow
         self.tried: object = None  # seats that the run last resized to, and the machines there were
         self.saved_for: set[str] = set()
         self.left: set[str] = set()  # machines with a notice that we no longer use
@@ -112,7 +114,9 @@ class Supervisor:
         Args:
             seats: that Ray Train holds now; None while it starts its workers anew, which the life under way does not wait for.
         """
-        self.seats = seats or self.seats
+        if seats and (seats != self.seats or not self.found):
+            self.seats, self.promised = seats, ()
+        self.found = bool(seats)
         if self.crew is None or self.over:
             return None
         ended = self.crew.poll()
@@ -121,7 +125,7 @@ class Supervisor:
         elif ended and ended.outcome and ended.outcome.status != "resize":
             self.over = True
             return ended.outcome
-        usable = [seat for seat in self.seats if seat.node in self.alive and seat.node not in self.left]
+        usable = [seat for seat in self.seats + self.promised if seat.node in self.alive and seat.node not in self.left]
         if not self.crew.busy:
             if len(usable) >= self.layout.min_workers:
                 self.crew.begin(usable)
@@ -153,16 +157,27 @@ class Supervisor:
             _tell_coordinator()
 
     def _growth(self, staying: dict[str, dict[str, float]], now: float) -> None:
-        """With a crew Ray Train finds the seats while training goes on; without, it starts the workers anew."""
-        grown = fitting(self.layout, staying.values()) > self.world_size
-        if grown and now - self.changed_at > SETTLE_S and self.asked != self.alive:
-            self.asked = self.alive
-            _tell_coordinator()
+        """With a crew the run takes free machines at once, and Ray Train is asked to hold them afterwards, since its new start
+        takes seconds. Without, or where it is not certain what is free, Ray Train looks first."""
+        if now - self.changed_at <= SETTLE_S or self.asked == self.alive:
+            return
+        if not self.promised and fitting(self.layout, staying.values()) > self.world_size:
             if self.crew:
-                self.telemetry.ask_regroup.remote()
-            else:
-                self._begin("added", self.changed_at)
-                self.telemetry.ask.remote(Wish.RESIZE)
+                taken = [seat for seat in self.seats if seat.node in staying]
+                self.promised = free_seats(self.layout, staying, cluster_state.available_resources_per_node(), taken)
+            if not self.promised:
+                self._ask_for_seats()
+        elif self.promised and {seat.node for seat in self.promised} <= set(self.homes.values()):
+            self._ask_for_seats()
+
+    def _ask_for_seats(self) -> None:
+        self.asked = self.alive
+        _tell_coordinator()
+        if self.crew:
+            self.telemetry.ask_regroup.remote()
+        else:
+            self._begin("added", self.changed_at)
+            self.telemetry.ask.remote(Wish.RESIZE)
 
     def _begin(self, cause: str, since: float) -> None:
         """The first cause names a transition; but a machine that is gone explains workers that failed a moment earlier."""

@@ -71,7 +71,7 @@ class Telemetry:
         return self.outcome or ("leave" if self.regroup or group != self.group else "hold")
 
     def ask_regroup(self) -> None:
-        self.regroup = True
+        self.regroup, self.seats = True, []
 
     def finish(self, outcome: dict[str, Any]) -> None:
         self.outcome = outcome
@@ -99,7 +99,7 @@ class Telemetry:
 
     def take(self) -> "News":
         taken, self.events = self.events, []
-        seats = tuple(self.seats) if len(self.seats) == self.room else None
+        seats = tuple(self.seats) if self.seats and len(self.seats) == self.room else None
         return News(taken, self.announced, self.life, self.step, seats)
 
     def confirm(self, announced: int) -> None:

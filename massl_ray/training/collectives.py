@@ -1,5 +1,6 @@
 """What workers say to each other, as the step's `Collectives` protocol: alone or over torch.distributed, plain or exact."""
 
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -64,7 +65,9 @@ class Distributed(Local):
         self.cpu_group: dist.ProcessGroup = dist.new_group(backend="gloo", timeout=timeout)  # type: ignore[assignment]
 
     def wrap(self, student: nn.Module) -> nn.Module:
-        replica = DistributedDataParallel(student, broadcast_buffers=False, gradient_as_bucket_view=True)
+        with warnings.catch_warnings():  # torch 2.15 has a new name, which synchronizes once more than the old one
+            warnings.filterwarnings("ignore", message=".*broadcast_buffers", category=FutureWarning)
+            replica = DistributedDataParallel(student, broadcast_buffers=False, gradient_as_bucket_view=True)
         replica.register_comm_hook(None, _sum_bucket)
         return replica
 
