@@ -1,7 +1,9 @@
 """Plain functions that several tests share."""
 
 import io
-from collections.abc import Iterable
+import resource
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
@@ -90,3 +92,14 @@ def metrics_line(step: int, **changes) -> dict:
         "data_wait": 0.25,
     }
     return line | changes
+
+
+@contextmanager
+def no_file_over(size: int) -> Iterator[None]:
+    """The kernel itself refuses to let a file of this process grow beyond so many bytes."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

@@ -4,7 +4,10 @@ that are pretended and processes that are killed."""
 import json
 import os
 import signal
+import subprocess
 import threading
+import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -204,6 +207,91 @@ def test_the_command_is_stopped_and_run_again_with_another_number_of_workers(pre
     assert outcome.status == "finished"
     check_whole(again, undisturbed)
     assert [each["steps_repeated"] for each in transitions(again)] == [0, 0]
+
+
+def test_a_lost_machine_costs_no_more_than_was_allowed(prepared, cluster, undisturbed):
+    """From the first step that has to be done again to the loss."""
+    run = prepared("--elastic.max_lost_seconds", "6")
+    lost_at: list[float] = []
+
+    def script(scenario):
+        yield from scenario.transition(2)
+        yield from scenario.steps(70)
+        lost_at.append(time.monotonic())
+        cluster.kill(0)
+        yield from scenario.transition(1)
+
+    events = go_through(run, cluster, script)
+    check_whole(run, undisturbed)
+    begun = [event["step"] for event in events if event["kind"] == "started"][-1]
+    done_at = [event["seen"] for event in events if event["kind"] == "progress" and event["life"] == 1 and event["step"] > begun]
+    assert not done_at or lost_at[0] - min(done_at) <= 6.0
+    mend(cluster)
+
+
+def test_storage_that_comes_back(prepared, cluster, undisturbed):
+    """A file lies where the checkpoints should: nothing can be written until it is taken away. Nobody waits for that."""
+    run = prepared("--train.checkpoint_every", "5")
+    in_the_way = run.checkpoints.path
+    in_the_way.write_text("")
+
+    def script(scenario):
+        yield from scenario.steps(60)
+        in_the_way.unlink()
+
+    events = go_through(run, cluster, script)
+    check_whole(run, undisturbed)
+    notes = [event["text"] for event in events if event["kind"] == "note"]
+    assert "could not be written" in notes[0] and "can be written to again" in notes[-1]
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A disk of a megabyte."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "none", str(folder)], capture_output=True).returncode:
+        pytest.skip("mounting a small disk takes more rights than these")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_a_full_disk(prepared, cluster, undisturbed, small_disk):
+    """Neither checkpoints nor metrics can be written for a while; training goes on, and nothing is missing in the end."""
+    run = prepared("--run.dir", str(small_disk / "run"), "--checkpoint.keep", "1")
+    ballast = small_disk / "ballast"
+
+    def script(scenario):
+        yield from scenario.transition(2)
+        yield from scenario.steps(10)
+        with ballast.open("wb") as file, suppress(OSError):
+            while True:
+                file.write(bytes(1024))
+                file.flush()
+        yield from scenario.noted("cannot be written")
+        ballast.unlink()
+
+    events = go_through(run, cluster, script)
+    check_whole(run, undisturbed)
+    assert any("nothing is missing" in event.get("text", "") for event in events)
+
+
+def test_a_clock_that_jumps(prepared, cluster, undisturbed, monkeypatch):
+    """Of the machine with the command: an hour forward, then two back."""
+    run, jump_s, real = prepared(), [0.0], time.time
+    monkeypatch.setattr(time, "time", lambda: real() + jump_s[0])
+
+    def script(scenario):
+        yield from scenario.transition(2)
+        for jump_s[0] in (3600.0, -3600.0):
+            yield from scenario.steps(20)
+        cluster.kill(1)
+        yield from scenario.transition(1)
+
+    go_through(run, cluster, script)
+    check_whole(run, undisturbed)
+    assert all(0 < each["seconds"] < 600 for each in transitions(run))
+    mend(cluster)
 
 
 @pytest.mark.soak

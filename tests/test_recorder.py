@@ -11,7 +11,7 @@ from tensorboard.summary.writer import event_file_writer
 from massl_ray.reporting.recorder import RunRecorder, drop_lines_after
 from massl_ray.reporting.summary import read_knn, read_metrics
 from massl_ray.training.run import Run
-from tests.helpers import make_images, metrics_line, tiny_run
+from tests.helpers import make_images, metrics_line, no_file_over, tiny_run
 
 AT = "2026-01-02T03:04:05.678+00:00"
 
@@ -102,6 +102,41 @@ def test_an_earlier_command_is_dropped_too(run):
     second.follow(started(4), metrics(5, loss=9.0))
     assert [line["loss"] for line in read_metrics(run.dir)[3:]] == [3.6, 9.0]
     assert second.scalars()["loss"] == {step: pytest.approx(4 - step / 10) for step in range(1, 5)} | {5: 9.0}
+
+
+ignore_ended_threads = pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # TensorBoard's own
+
+
+@ignore_ended_threads
+def test_a_disk_that_takes_no_more_for_a_while(recorded):
+    """No line is lost, none is doubled, none is cut; the board goes on after."""
+    recorded.follow(started(0), metrics(1))
+    size = (recorded.run.dir / "metrics.jsonl").stat().st_size
+    with no_file_over(size + 30), pytest.raises(OSError, match="File too large"):
+        recorded.follow(metrics(2, 3))
+    assert [line["step"] for line in read_metrics(recorded.run.dir)] == [1]
+    recorded.follow(metrics(2, 3), transition())
+    with no_file_over(10), pytest.raises(OSError, match="File too large"):
+        recorded.follow(transition())
+    with no_file_over(10), pytest.raises(OSError, match="File too large"):
+        recorded.follow(started(1))
+    assert [line["step"] for line in read_metrics(recorded.run.dir)] == [1, 2, 3]
+    assert len((recorded.run.dir / "elastic.jsonl").read_text().splitlines()) == 1
+    assert not list(recorded.run.dir.glob(".metrics*"))
+    recorded.follow(metrics(4))
+    assert {1, 4} <= recorded.scalars()["loss"].keys()
+
+
+@ignore_ended_threads
+def test_a_board_that_cannot_be_written_to_is_no_reason_to_fail(recorded):
+    recorded.follow(started(0), metrics(1))
+    recorded.recorder.board.folder.rename(recorded.run.dir / "away")
+    (recorded.run.dir / "tensorboard").write_text("in the way")
+    recorded.follow(started(1), metrics(2), {"kind": "checkpoint"}, transition())
+    (recorded.run.dir / "tensorboard").unlink()
+    recorded.follow(metrics(3))
+    assert recorded.scalars()["loss"].keys() == {3}
+    assert [line["step"] for line in read_metrics(recorded.run.dir)] == [1, 2, 3]
 
 
 def write(path: Path, *steps: int, tail: str = "") -> Path:

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from massl_ray.reporting.skipped import SkippedImages
+from tests.helpers import no_file_over
 
 
 def listed(run_dir: Path) -> list[str]:
@@ -21,6 +22,14 @@ def test_each_is_listed_once(tmp_path):
     assert skipped.add(["c: cut"]) == []
     assert len(skipped) == 3 and listed(tmp_path) == ["a: empty", "b: cut", "c: cut"]
     assert skipped.path == tmp_path / "skipped.jsonl"
+
+
+def test_a_disk_that_takes_no_more_for_a_while(tmp_path):
+    skipped = SkippedImages(tmp_path)
+    skipped.add(["a: empty"])
+    with no_file_over(20), pytest.raises(OSError, match="File too large"):
+        skipped.add(["b: cut"])
+    assert skipped.add(["b: cut"]) == ["b: cut"] and listed(tmp_path) == ["a: empty", "b: cut"]
 
 
 def test_an_earlier_start_counts(tmp_path):

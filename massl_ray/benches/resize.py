@@ -7,6 +7,7 @@ after the other: a machine more, the sudden end of one, another one more, a noti
 import json
 import os
 import signal
+import statistics
 import subprocess
 import sys
 import time
@@ -19,7 +20,7 @@ import torch
 
 from massl_ray.benches.measure import machine
 
-EVENTS = ("add", "kill", "notice")
+EVENTS = ("add", "kill", "notice")  # a machine more happens twice, and its figures are means
 NOTICE_S = 20.0
 SETTLED_STEPS = 30  # done at one world size before the next thing happens: processes that wait have been started, too
 
@@ -57,7 +58,7 @@ class Account:
     """What happened when on one side, in seconds since the first step."""
 
     def __init__(self) -> None:
-        self.figures: dict[str, dict[str, Any]] = {}
+        self.measured: dict[str, list[dict[str, Any]]] = {name: [] for name in EVENTS}
         self.happenings: list[tuple[float, str]] = []
         self.steps: list[tuple[float, int]] = []  # (when, step), a roll-back going down again
         self.sizes: list[tuple[float, int]] = []  # (when, workers)
@@ -70,17 +71,25 @@ class Account:
         elif event["kind"] == "progress" and self.since and event["step"] not in (0, self.steps[-1][1] if self.steps else None):
             self.steps.append((event["seen"] - self.since, event["step"]))
 
+    def figures(self) -> dict[str, dict[str, float]]:
+        """Means by event."""
+        return {
+            name: {figure: statistics.mean(each[figure] for each in measured) for figure in measured[0]}
+            for name, measured in self.measured.items()
+        }
+
     def script(self, cluster: Any) -> Callable[[Any], Any]:
         """For `practice.Scenario`."""
 
         def timed(scenario: Any, name: str, happened_at: float, world_size: int) -> Any:
             self.happenings.append((happened_at - (self.since or 0.0), name))
             transition = yield from scenario.transition(world_size)
-            self.figures[name] = {
+            figures = {
                 "seconds": transition["seen"] - happened_at,
                 "pause_s": transition["pause_s"],
                 "repeated_steps": transition["steps_repeated"],
             }
+            self.measured[name].append(figures)
             yield from scenario.steps(SETTLED_STEPS)
 
         def script(scenario: Any) -> Any:
@@ -92,8 +101,7 @@ class Account:
             cluster.kill(1)
             yield from timed(scenario, "kill", killed_at, 1)
             cluster.add()
-            yield from scenario.transition(2)
-            yield from scenario.steps(SETTLED_STEPS)
+            yield from timed(scenario, "add", time.monotonic(), 2)
             cluster.give_notice(1, NOTICE_S, then_kill=True)
             yield from timed(scenario, "notice", time.monotonic(), 1)
             os.kill(os.getpid(), signal.SIGINT)
@@ -121,7 +129,7 @@ def _run_side(stock: bool) -> dict[str, Any]:
             outcome, _ = run_through(run, cluster, meet, stock=stock)
         except Stopped:
             timeline = {"happenings": account.happenings, "steps": account.steps, "sizes": account.sizes}
-            return account.figures | {"timeline": timeline}
+            return account.figures() | {"timeline": timeline}
     raise RuntimeError(f"the run ended too early: {outcome}")
 
 

@@ -17,12 +17,14 @@ from massl_ray.data.order import worker_share
 from massl_ray.method.device_views import device_views, padded
 from massl_ray.method.views import draw_views
 from massl_ray.on_ray.layout import DATA_TASK_CPUS
+from massl_ray.on_ray.pace import Pace
 from massl_ray.training.loop import Views
 from massl_ray.training.run import Run
 
 TASKS, STEPS = 64, 16  # a dataset is made of so many tasks, and of so many steps at least; a run is a chain of datasets
 LEAD = 8  # steps before the end of a dataset at which the next one starts
 # Ray Data plans all tasks of a dataset before the first one runs, in 4 ms each: 0.6 s to the first batch of 64 tasks, 3 s of 256.
+AHEAD = 8  # steps that views are made before they are needed: those that a change of the number of workers finds are lost
 ROWS = 64  # images a task makes views of, at most
 
 
@@ -41,7 +43,8 @@ def stream_views(
 
     def dataset_from(begin: int) -> Generator[Views, None, None]:
         make = ViewMaker(run.images, run.config, run.resolved.batch_size, begin, first, share)
-        dataset = _dataset(make, (min(begin + steps_at_once, steps) - begin) * share, task_rows, tasks)
+        rows = (min(begin + steps_at_once, steps) - begin) * share
+        dataset = _dataset(make, rows, task_rows, tasks, _row_bytes(run) * (AHEAD * share + 2 * tasks * task_rows))
         for rows in dataset.iter_batches(batch_size=share, batch_format="numpy", prefetch_batches=2):
             yield _to_views(rows, run, device)  # type: ignore[arg-type]
 
@@ -71,17 +74,28 @@ def start_now(stream: Generator[Views, None, None]) -> Generator[Views, None, No
 
 def warm_up() -> None:
     """What Ray Data does once in a process takes a second or two; and a task on this machine starts a process for the next."""
-    for _ in _dataset(lambda rows: rows, 1, 1, 1).iter_batches():
+    for _ in _dataset(lambda rows: rows, 1, 1, 1, 2**20).iter_batches():
         pass
 
 
-def _dataset(make: Any, rows: int, task_rows: int, tasks: int) -> ray.data.Dataset:
+def _row_bytes(run: Run) -> int:
+    """About what an image's row of the dataset takes."""
+    config = run.config.views
+    if config.device != "cpu":
+        return 3 * 2**20  # decoded, a megapixel
+    return 3 * (2 * config.global_size**2 + config.num_local * config.local_size**2)
+
+
+def _dataset(make: Any, rows: int, task_rows: int, tasks: int, ahead_bytes: int) -> ray.data.Dataset:
+    """Of row numbers and what `make` makes of them, in tasks of so many rows, so many at once, and not much more than
+    `ahead_bytes` before they are asked for."""
     context = DataContext.get_current().copy()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     context.raise_original_map_exception = True
+    context.custom_execution_callback_classes = [*context.custom_execution_callback_classes, Pace]
     context.execution_options = ExecutionOptions(
-        preserve_order=True, resource_limits=ExecutionResources(cpu=tasks * DATA_TASK_CPUS)
+        preserve_order=True, resource_limits=ExecutionResources(cpu=tasks * DATA_TASK_CPUS, object_store_memory=ahead_bytes)
     )
     with DataContext.current(context):
         numbers = ray.data.read_datasource(  # ray.data.range would reserve a whole CPU a task

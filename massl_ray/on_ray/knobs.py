@@ -26,9 +26,11 @@ HEAD = {
     "health_check_period_ms": 500,
     "health_check_timeout_ms": 1000,
     "health_check_failure_threshold": 3,
+    "idle_worker_killing_time_threshold_ms": 600_000,
 }
 """Of the cluster's head: as `_system_config`, or as RAY_<name> in the environment of `ray start --head`. A machine that vanishes
-without closing its connections is given up after about 3 s."""
+without closing its connections is given up after about 3 s. Processes that wait for the next task that makes views are kept for
+10 minutes: Ray would end those beyond one a CPU after a second, and starting one takes two."""
 
 RESIZE_TIMER_S = 1e9  # Ray Train would kill workers in the middle of a step to resize; ours leave between two
 

@@ -18,13 +18,15 @@ from massl_ray.on_ray.layout import Layout, plan_layout
 from massl_ray.on_ray.seat import hold_seat, train_here
 from massl_ray.on_ray.supervisor import Supervisor
 from massl_ray.on_ray.telemetry import start_telemetry, unpack
-from massl_ray.training.checkpoint import list_checkpoints, write_checkpoint
+from massl_ray.reporting.patience import Patient
+from massl_ray.training.checkpoint import CheckpointWriter, NotSaved, list_checkpoints
 from massl_ray.training.loop import Outcome
 from massl_ray.training.run import Run
 from massl_ray.training.wish import Wish
 
 POLL_S = 0.1  # between looks at the news
 STOP_S = 60.0  # for the last checkpoint after Ctrl-C or SIGTERM, before workers are ended
+_MAKE_ROOM = "The state is saved; make room, and run the same command again."
 
 
 class Stopped(Exception):
@@ -48,21 +50,24 @@ def run_workers(run: Run, follow: Callable[[dict[str, Any]], None], *, stock: bo
     telemetry = start_telemetry()
     layout = plan_layout(run.config, run.resolved.num_micro_batches)
 
+    record = Patient(follow, note=lambda text: follow({"kind": "note", "text": text}))
+
     def tell(event: dict[str, Any]) -> None:
         supervisor.follow(event)
-        follow(event)
+        record(event)
 
     in_place = run.config.elastic.in_place and not stock
     crew = Crew(run, telemetry, layout, tell) if in_place else None
-    supervisor = Supervisor(layout, telemetry, crew, follow)
+    supervisor = Supervisor(layout, telemetry, crew, record)
 
     def look() -> Outcome | None:
         news: Any = ray.get(telemetry.take.remote())
         for event in news.events:
             tell(event)
         supervisor.progress(news.life, news.step)
-        follow({"kind": "progress", "life": news.life, "step": news.step})
-        telemetry.confirm.remote(news.announced)
+        record({"kind": "progress", "life": news.life, "step": news.step})
+        if record.flush():
+            telemetry.confirm.remote(news.announced)
         if not stock:
             supervisor.look()
         return supervisor.lead(news.seats)
@@ -77,7 +82,7 @@ def run_workers(run: Run, follow: Callable[[dict[str, Any]], None], *, stock: bo
                     telemetry.finish.remote(dataclasses.asdict(outcome))
                 if received and patience_s == STOP_S:
                     telemetry.ask.remote(Wish.STOP)
-                    follow({"kind": "stopping"})
+                    record({"kind": "stopping"})
                 patience_s -= POLL_S if received else 0.0
                 if len(received) > 1 or patience_s < 0:
                     raise Stopped(received[0])
@@ -86,10 +91,12 @@ def run_workers(run: Run, follow: Callable[[dict[str, Any]], None], *, stock: bo
         finally:
             if crew:
                 crew.close()
-            _save_kept(run, telemetry)
+            _save_kept(run, telemetry, record.note)
             ray.kill(telemetry)
         if outcome.status == "stopped":
             raise Stopped(received[0]) if received else RuntimeError("a run stopped that nobody asked to")
+        if not record.flush():
+            return Outcome("not_saved", outcome.step, f"{run.dir} cannot be written to: {record.error}. {_MAKE_ROOM}")
         return outcome
 
 
@@ -111,12 +118,20 @@ def _trainer(
     )
 
 
-def _save_kept(run: Run, telemetry: Any) -> None:
+def _save_kept(run: Run, telemetry: Any, note: Callable[[str], None]) -> None:
     """However the workers ended: if the copy of the state is newer than the last checkpoint, write it down."""
     kept = ray.get(telemetry.kept_state.remote())
-    written = [int(checkpoint.name.removeprefix("step_")) for checkpoint in list_checkpoints(run.checkpoints)]
+    try:
+        written = [int(checkpoint.name.removeprefix("step_")) for checkpoint in list_checkpoints(run.checkpoints)]
+    except OSError:  # the writer says so, and where the state is instead
+        written = []
     if kept and kept[0] > max(written, default=-1):
-        write_checkpoint(run.checkpoints, unpack(ray.get(kept[1][0])), kept[2], run.config.checkpoint.keep)
+        writer = CheckpointWriter(run.checkpoints, run.config.checkpoint.keep, note)
+        writer.save(unpack(ray.get(kept[1][0])), kept[2])
+        try:
+            writer.close(STOP_S)
+        except NotSaved as error:
+            note(str(error))
 
 
 class _InBackground:

@@ -136,8 +136,8 @@ class Scenario:
         self._resume(None)
 
     def meet(self, event: dict[str, Any]) -> None:
-        if not self.over and event["kind"] in ("progress", "transition"):
-            self.life, self.step = event.get("life", self.life), event["step"]
+        if not self.over and event["kind"] in ("progress", "transition", "note"):
+            self.life, self.step = event.get("life", self.life), event.get("step", self.step)
             self._resume(event)
 
     def steps(self, number: int) -> "Wait":
@@ -152,6 +152,11 @@ class Scenario:
             event = yield
             if event["kind"] == "transition" and event["to"] == world_size:
                 return event
+
+    def noted(self, words: str) -> "Wait":
+        """Until the user is told something with these words."""
+        while words not in (yield).get("text", ""):
+            pass
 
     def _resume(self, event: dict[str, Any] | None) -> None:
         try:

@@ -1,13 +1,14 @@
 """The run directory: events in, files out. Only the command that started the run writes here, so nobody else needs the disk."""
 
 import json
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from torch.utils.tensorboard.writer import SummaryWriter
 
 from massl_ray.reporting.pictures import save_png
-from massl_ray.training.run import Run, write_atomically, write_json
+from massl_ray.training.run import Run, append_lines, write_atomically, write_json
 
 
 class RunRecorder:
@@ -16,10 +17,10 @@ class RunRecorder:
     def __init__(self, run: Run):
         self.dir = run.dir
         self.metrics_path = run.dir / "metrics.jsonl"
-        self.board = SummaryWriter(str(run.dir / "tensorboard"))
+        self.board = Board(run.dir / "tensorboard")
 
     def follow(self, event: dict[str, Any]) -> None:
-        """One event of `on_ray.telemetry`."""
+        """One event of `on_ray.telemetry`. Raises OSError, having written nothing, where the disk takes no more."""
         handler = getattr(self, f"_on_{event['kind']}", None)
         if handler:
             handler(event)
@@ -30,25 +31,23 @@ class RunRecorder:
     def _on_started(self, event: dict[str, Any]) -> None:
         """Metrics of later steps are of a life that was rolled back."""
         drop_lines_after(self.metrics_path, event["step"])
-        self.board.close()
-        self.board = SummaryWriter(str(self.dir / "tensorboard"), purge_step=event["step"] + 1 if event["step"] else 0)
+        self.board.drop_after(event["step"])
 
     def _on_metrics(self, event: dict[str, Any]) -> None:
-        with self.metrics_path.open("a") as file:
-            file.writelines(json.dumps(line) + "\n" for line in event["lines"])
+        append_lines(self.metrics_path, event["lines"])
         for line in event["lines"]:
             for name, value in line.items():
                 if name != "step":
-                    self.board.add_scalar(name, value, line["step"])
+                    self.board.add("scalar", name, value, line["step"])
 
     def _on_views(self, event: dict[str, Any]) -> None:
         save_png(self.dir / "views.png", event["grid"])
-        self.board.add_image("views", event["grid"], 0, dataformats="HWC")
+        self.board.add("image", "views", event["grid"], 0, dataformats="HWC")
 
     def _on_knn(self, event: dict[str, Any]) -> None:
         record = {key: value for key, value in event.items() if key != "kind"}
         write_json(self.dir / "eval" / f"knn_{event['features']}.json", record)
-        self.board.add_scalar("knn_pixels" if event["features"] == "pixels" else "knn", event["top1"], event["step"])
+        self.board.add("scalar", "knn_pixels" if event["features"] == "pixels" else "knn", event["top1"], event["step"])
 
     def _on_neighbours(self, event: dict[str, Any]) -> None:
         write_json(self.dir / "eval" / "neighbours.json", event["found"])
@@ -57,9 +56,44 @@ class RunRecorder:
         self.board.flush()
 
     def _on_transition(self, event: dict[str, Any]) -> None:
-        with (self.dir / "elastic.jsonl").open("a") as file:
-            file.write(json.dumps({key: value for key, value in event.items() if key != "kind"}) + "\n")
-        self.board.add_scalar("world_size_after", event["to"], event["step"])
+        append_lines(self.dir / "elastic.jsonl", [{key: value for key, value in event.items() if key != "kind"}])
+        self.board.add("scalar", "world_size_after", event["to"], event["step"])
+
+
+class Board:
+    """TensorBoard's events. What a full disk does not take is missing from them: metrics.jsonl has it."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.writer: SummaryWriter | None = None
+        self._open()
+
+    def add(self, kind: str, *values: Any, **options: Any) -> None:
+        """`kind`: of SummaryWriter's add_<kind>."""
+        try:
+            getattr(self.writer or self._open(), f"add_{kind}")(*values, **options)
+        except OSError:  # its thread has ended
+            self.writer = None
+
+    def drop_after(self, step: int) -> None:
+        self.close()
+        with suppress(OSError):
+            self._open(step + 1 if step else 0)
+
+    def flush(self) -> None:
+        with suppress(OSError):
+            if self.writer:
+                self.writer.flush()
+
+    def close(self) -> None:
+        with suppress(OSError):
+            if self.writer:
+                self.writer.close()
+        self.writer = None
+
+    def _open(self, purge_step: int | None = None) -> SummaryWriter:
+        self.writer = SummaryWriter(str(self.folder), purge_step=purge_step)
+        return self.writer
 
 
 def drop_lines_after(path: Path, step: int) -> None:

@@ -4,7 +4,7 @@ import json
 from collections.abc import Iterable
 from pathlib import Path
 
-from massl_ray.training.run import write_atomically
+from massl_ray.training.run import append_lines, write_atomically
 
 
 class SkippedImages:
@@ -24,8 +24,7 @@ class SkippedImages:
     def add(self, images: Iterable[str]) -> list[str]:
         """Append those not yet listed ("path: reason"), and return them."""
         new = sorted(set(images) - self.known)
-        self.known.update(new)
         if new:
-            with self.path.open("a") as file:
-                file.writelines(json.dumps({"image": image}) + "\n" for image in new)
+            append_lines(self.path, [{"image": image} for image in new])
+        self.known.update(new)
         return new
