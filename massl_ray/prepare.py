@@ -5,6 +5,7 @@ import signal
 import sys
 from collections.abc import Sequence
 
+from massl_ray.config import DataSection
 from massl_ray.errors import UserError
 
 
@@ -19,10 +20,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("dest", help="folder of the shards, a path or URI; then a --data.source itself")
     parser.add_argument("--max-side", type=int, metavar="PX", help="shrink images with a longer side, and encode them anew")
     parser.add_argument("--shard-mb", type=int, default=64, metavar="MB", help="size of a shard, about [64]")
+    most = DataSection().max_pixels
+    parser.add_argument("--max-pixels", type=int, default=most, metavar="N", help=f"more count as unreadable [{most}]")
     parser.add_argument("--max-skipped", type=float, default=0.05, metavar="SHARE", help="share that may be unreadable [0.05]")
     arguments = parser.parse_args(argv)
-    if (arguments.max_side or 1) < 1 or not 1 <= arguments.shard_mb <= 4096:
-        parser.error("--max-side must be positive, --shard-mb from 1 to 4096")
+    if min(arguments.max_side or 1, arguments.max_pixels) < 1 or not 1 <= arguments.shard_mb <= 4096:
+        parser.error("--max-side and --max-pixels must be positive, --shard-mb from 1 to 4096")
     try:
         return prepare(arguments)
     except UserError as error:
@@ -41,10 +44,10 @@ def prepare(arguments: argparse.Namespace) -> int:
     from massl_ray.storage import Folder, reason
 
     images = open_source(arguments.source)
-    probe(images, arguments.max_skipped)
+    probe(images, arguments.max_skipped, arguments.max_pixels)
     folder = Folder(arguments.dest)
     try:
-        plan = begin(images, folder, arguments.max_side, arguments.shard_mb)
+        plan = begin(images, folder, arguments.max_side, arguments.shard_mb, arguments.max_pixels)
         if plan is None:
             print(f"All images of {images.root} are in {folder} already.")
             return 0

@@ -38,6 +38,11 @@ def test_broken_images_fail_above_what_is_allowed(folder, capsys):
     assert "Broken    2 cannot be read" in capsys.readouterr().out
 
 
+def test_images_of_too_many_pixels_cannot_be_read(folder, capsys):
+    assert main(["--data.source", str(folder), "--data.max_pixels", "1599"]) == 1
+    assert "40 x 40 pixels, more than data.max_pixels 1599 allows" in capsys.readouterr().out
+
+
 def test_for_programs(folder, capsys):
     (folder / "cat" / "000.png").write_bytes(b"")
     (folder / "cat" / "002.png").write_bytes(b"")

@@ -96,7 +96,8 @@ def test_a_worker_is_killed_in_the_middle_of_a_step(prepared, cluster, undisturb
     events = go_through(run, cluster, script)
     check_whole(run, undisturbed)
     assert [(each["from"], each["to"], each["cause"]) for each in transitions(run)] == [(0, 2, "start"), (2, 2, "failure")]
-    assert any(event["kind"] == "failure" for event in events)
+    if in_place == "true":  # otherwise Ray Train may end the others before they can say what befell them
+        assert any(event["kind"] == "failure" for event in events)
 
 
 @pytest.mark.parametrize("rank", [0, 1])
@@ -230,30 +231,35 @@ def test_a_lost_machine_costs_no_more_than_was_allowed(prepared, cluster, undist
 
 
 def test_storage_that_comes_back(prepared, cluster, undisturbed):
-    """A file lies where the checkpoints should: nothing can be written until it is taken away. Nobody waits for that."""
+    """A file lies where the checkpoints should: nothing can be written or read until it is taken away, and nobody waits for
+    that, not even after a loss."""
     run = prepared("--train.checkpoint_every", "5")
-    in_the_way = run.checkpoints.path
-    in_the_way.write_text("")
+    folder = run.checkpoints.path
 
     def script(scenario):
-        yield from scenario.steps(60)
-        in_the_way.unlink()
+        yield from scenario.transition(2)
+        folder.rename(folder.with_name("away"))
+        folder.write_text("in the way")
+        yield from scenario.steps(30)
+        cluster.kill_worker(1)
+        yield from scenario.transition(2)
+        folder.unlink()
 
     events = go_through(run, cluster, script)
     check_whole(run, undisturbed)
-    notes = [event["text"] for event in events if event["kind"] == "note"]
-    assert "could not be written" in notes[0] and "can be written to again" in notes[-1]
+    notes = " ".join(event["text"] for event in events if event["kind"] == "note")
+    assert "could not be written" in notes and "cannot be read" in notes and "can be written to again" in notes
 
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """A disk of a megabyte."""
+    """A disk of 64 MB."""
     folder = tmp_path / "disk"
     folder.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "none", str(folder)], capture_output=True).returncode:
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64m", "none", str(folder)], capture_output=True).returncode:
         pytest.skip("mounting a small disk takes more rights than these")
     yield folder
-    subprocess.run(["umount", str(folder)], check=True)
+    subprocess.run(["umount", "--lazy", str(folder)], check=True)
 
 
 def test_a_full_disk(prepared, cluster, undisturbed, small_disk):
@@ -266,7 +272,7 @@ def test_a_full_disk(prepared, cluster, undisturbed, small_disk):
         yield from scenario.steps(10)
         with ballast.open("wb") as file, suppress(OSError):
             while True:
-                file.write(bytes(1024))
+                file.write(bytes(4096))
                 file.flush()
         yield from scenario.noted("cannot be written")
         ballast.unlink()

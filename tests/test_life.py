@@ -84,6 +84,16 @@ def test_a_damaged_checkpoint_is_named_and_the_copy_used(run, at):
     assert "step_8" in line.told[0]["text"] and "cannot be read" in line.told[0]["text"]
 
 
+def test_storage_that_fails_is_no_reason_to_stop_where_there_is_a_copy(run, at):
+    run.checkpoints.path.rmdir()
+    run.checkpoints.path.write_text("in the way")
+    line = Line(at(4))
+    found = find_newer(run, line, than=None)  # type: ignore[arg-type]
+    assert found and found[0] == 4 and "Going on from the copy of step 4" in line.told[0]["text"]
+    with pytest.raises(OSError, match="checkpoints"):  # it may hold a state that is further than the start
+        find_newer(run, Line(), than=None)  # type: ignore[arg-type]
+
+
 def test_a_run_that_begins_has_the_state_of_its_seed(run, workers):
     state = take_up(run, CPU, workers, None, None, None)
     expected = build_state(run.config, run.resolved, CPU, workers)

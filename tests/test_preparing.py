@@ -2,6 +2,7 @@
 
 import io
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ from PIL import Image
 
 from massl_ray.data import preparing as module
 from massl_ray.data.listing import Listing
-from massl_ray.data.preparing import WORK, Plan, begin, do_part, finish, missing, shrunk
+from massl_ray.data.preparing import WORK, begin, do_part, finish, missing, shrunk
 from massl_ray.data.sources import open_source
 from massl_ray.errors import UserError
 from massl_ray.storage import Folder
@@ -24,7 +25,7 @@ def prepare(images: Listing, folder: Folder, rows: int = 4, max_side: int | None
     """As the command does it, one part after the other, with shards of `rows` images."""
     plan = begin(images, folder, max_side, 1)
     assert plan
-    plan = Plan(plan.names_sha256, plan.count, plan.max_side, plan.shard_mb, rows)
+    plan = replace(plan, rows=rows)
     (folder / WORK).write_text("plan.json", json.dumps(plan.__dict__))
     for part in list(missing(folder, plan))[:stop_after]:
         do_part(images, folder, plan, part)
@@ -105,6 +106,21 @@ def test_another_source_or_another_way_is_refused(source, folder):
             for part in missing(folder, plan):
                 do_part(source, folder, plan, part)
             finish(source, folder, plan)
+
+
+def test_images_of_too_many_pixels_are_left_out(tmp_path):
+    write_folder(tmp_path / "source", IMAGES)
+    (tmp_path / "source" / "large.png").write_bytes(encoded(photograph(200, 150), "PNG"))
+    source, folder = open_source(str(tmp_path / "source")), Folder(tmp_path / "out")
+    plan = begin(source, folder, None, 1, max_pixels=200 * 150 - 1)
+    do_part(source, folder, plan, 0)
+    finish(source, folder, plan)
+    (broken,) = json.loads(folder.read_text("report.json"))["broken"]
+    assert broken["path"].endswith("large.png") and "more than data.max_pixels 29999 allows" in broken["reason"]
+    assert len(open_source(str(folder))) == len(IMAGES)
+    assert begin(source, folder, None, 1, max_pixels=29_999) is None
+    with pytest.raises(UserError, match="in another way"):
+        begin(source, folder, None, 1)
 
 
 def test_a_folder_with_other_things_is_refused(source, tmp_path):

@@ -27,7 +27,7 @@ def prepared(folder: Folder) -> Manifest:
         for number, (first, last) in enumerate(((0, 4), (4, 7)))
     )
     index = write_index(folder, pa.array([name.encode(errors="surrogateescape") for name in NAMES], pa.large_binary()), LABELS)
-    manifest = Manifest("/from", "0" * 64, None, 64, 7, ("cat", "dog"), (0.5, 0.4, 0.3), (0.1, 0.2, 0.3), index, shards)
+    manifest = Manifest("/from", "0" * 64, None, 64, 10**8, 7, ("cat", "dog"), (0.5, 0.4, 0.3), (0.1, 0.2, 0.3), index, shards)
     folder.write_text(MANIFEST, manifest.to_json())
     return manifest
 

@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 from PIL import Image
 
-from massl_ray.data.decode import UNREADABLE, decode, reason
+from massl_ray.data.decode import MAX_PIXELS, UNREADABLE, decode, reason
 from massl_ray.data.listing import Listing
 
 TINY = 32  # pixels: images with a shorter side below it have little to show
@@ -54,12 +54,12 @@ class Report:
     std: list[float] | None
 
 
-def look(images: Listing, sample: int) -> tuple[dict[str, Any], bytes, Image.Image | None]:
+def look(images: Listing, sample: int, max_pixels: int = MAX_PIXELS) -> tuple[dict[str, Any], bytes, Image.Image | None]:
     """What there is to know of an image as a row of LOOK, with its bytes and pixels; without them where it cannot be read."""
     path = images.path(sample).encode(errors="backslashreplace").decode()
     try:
         data = images.read(sample)
-        image = decode(data)
+        image = decode(data, max_pixels)
     except UNREADABLE as error:
         return {"sample": sample, "path": path, "error": reason(error)}, b"", None
     shares = np.array(image.histogram()).reshape(3, 256) / (image.width * image.height)
@@ -79,11 +79,11 @@ def look(images: Listing, sample: int) -> tuple[dict[str, Any], bytes, Image.Ima
     return row, data, image
 
 
-def look_at_all(images: Listing, threads: int) -> Iterator[dict[str, Any]]:
+def look_at_all(images: Listing, threads: int, max_pixels: int = MAX_PIXELS) -> Iterator[dict[str, Any]]:
     """Rows of LOOK in the order of the listing, decoded by a few threads."""
     with ThreadPoolExecutor(threads) as pool:
         for first in range(0, len(images), 256):
-            yield from pool.map(lambda sample: look(images, sample)[0], range(first, min(first + 256, len(images))))
+            yield from pool.map(lambda sample: look(images, sample, max_pixels)[0], range(first, min(first + 256, len(images))))
 
 
 def to_table(rows: Iterable[dict[str, Any]]) -> pa.Table:

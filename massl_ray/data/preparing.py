@@ -15,6 +15,7 @@ import numpy as np
 import pyarrow as pa
 from PIL import Image
 
+from massl_ray.data.decode import MAX_PIXELS
 from massl_ray.data.examine import LOOK, Report, look, report, to_table
 from massl_ray.data.listing import Listing
 from massl_ray.data.shards import MANIFEST, Manifest, Shard, write_index, write_shard, write_table
@@ -34,6 +35,7 @@ class Plan:
     count: int  # images of the source
     max_side: int | None  # pixels that larger images are shrunk to
     shard_mb: int
+    max_pixels: int  # of images that are taken
     rows: int = 0  # images of the source a shard
 
     @property
@@ -44,14 +46,14 @@ class Plan:
         return range(part * self.rows, min((part + 1) * self.rows, self.count))
 
 
-def begin(images: Listing, folder: Folder, max_side: int | None, shard_mb: int) -> Plan | None:
+def begin(images: Listing, folder: Folder, max_side: int | None, shard_mb: int, max_pixels: int = MAX_PIXELS) -> Plan | None:
     """The plan that an earlier start wrote into the folder, or a new one; None where all is done.
 
     Raises:
         OSError: the folder cannot be read or written.
         UserError: it holds something else.
     """
-    wanted = Plan(**images.identity(), max_side=max_side, shard_mb=shard_mb)  # type: ignore[arg-type]
+    wanted = Plan(**images.identity(), max_side=max_side, shard_mb=shard_mb, max_pixels=max_pixels)  # type: ignore[arg-type]
     names = [name for name in folder.entries() if name != WORK]
     if MANIFEST in names:
         made = json.loads(folder.read_text(MANIFEST))
@@ -62,7 +64,7 @@ def begin(images: Listing, folder: Folder, max_side: int | None, shard_mb: int) 
         if replace(begun, rows=0) == wanted:
             return begun
     elif not names:
-        plan = replace(wanted, rows=_rows(images, max_side, shard_mb))
+        plan = replace(wanted, rows=_rows(images, wanted))
         (folder / WORK).write_text(PLAN, json.dumps(asdict(plan)))
         return plan
     raise UserError(
@@ -81,7 +83,7 @@ def do_part(images: Listing, folder: Folder, plan: Plan, part: int) -> None:
     """Write a shard of the images that can be read, what was found of all of them, and that it is done."""
     rows, encoded, good = [], [], []
     for sample in plan.samples(part):
-        row, data, image = look(images, sample)
+        row, data, image = look(images, sample, plan.max_pixels)
         rows.append(row)
         if image is not None:
             encoded.append(shrunk(data, image, plan.max_side, row["format"]))
@@ -113,6 +115,7 @@ def finish(images: Listing, folder: Folder, plan: Plan) -> Report:
         names_sha256=plan.names_sha256,
         max_side=plan.max_side,
         shard_mb=plan.shard_mb,
+        max_pixels=plan.max_pixels,
         count=len(good),
         classes=images.classes,
         mean=tuple(found.mean or ()),
@@ -140,15 +143,15 @@ def shrunk(data: bytes, image: Image.Image, max_side: int | None, kind: str) -> 
     return buffer.getvalue()
 
 
-def _rows(images: Listing, max_side: int | None, shard_mb: int) -> int:
+def _rows(images: Listing, plan: Plan) -> int:
     """By the mean size of a spread-out few."""
     tried = np.unique(np.linspace(0, len(images) - 1, min(TRIED, len(images))).astype(np.int64))
     sizes = []
     for sample in tried:
-        row, data, image = look(images, int(sample))
+        row, data, image = look(images, int(sample), plan.max_pixels)
         if image is not None:
-            sizes.append(len(shrunk(data, image, max_side, row["format"])))
-    return max(1, int(shard_mb * MB / np.mean(sizes))) if sizes else len(images)
+            sizes.append(len(shrunk(data, image, plan.max_side, row["format"])))
+    return max(1, int(plan.shard_mb * MB / np.mean(sizes))) if sizes else len(images)
 
 
 def _note(part: int) -> str:

@@ -42,6 +42,7 @@ class Manifest:
     names_sha256: str  # of the source's images, as in a run's images.json
     max_side: int | None  # pixels; None: images as they were
     shard_mb: int
+    max_pixels: int  # of images that were taken
     count: int  # images
     classes: tuple[str, ...]
     mean: tuple[float, ...]  # red, green, blue, in 0..1

@@ -20,6 +20,7 @@ from massl_ray.on_ray.layout import Layout, data_tasks
 from massl_ray.on_ray.place import Place
 from massl_ray.on_ray.telemetry import TelemetryClient, unpack
 from massl_ray.reporting.reporter import Reporter, Silent
+from massl_ray.storage import reason
 from massl_ray.training.checkpoint import CheckpointWriter, NotSaved, list_checkpoints, read_latest, step_of
 from massl_ray.training.collectives import Distributed, Exact, Local
 from massl_ray.training.loop import Outcome, train
@@ -103,11 +104,18 @@ def _train(
 
 def find_newer(run: Run, line: TelemetryClient, than: State | None) -> tuple[int, dict[str, Tensor]] | None:
     """A state that is further than the one at hand: the copy kept in this cluster or the latest whole checkpoint. Returns its step
-    and tensors."""
+    and tensors. Raises OSError where the storage fails and there is nothing else to go on from."""
     at_hand = -1 if than is None else than.step
     kept = line.kept()
     known = max(at_hand, kept[0] if kept else -1)
-    if any((step_of(checkpoint.name) or 0) > known for checkpoint in list_checkpoints(run.checkpoints)):
+    try:
+        checkpoints = list_checkpoints(run.checkpoints)
+    except OSError as error:
+        if known < 0:
+            raise
+        _note(line, f"{run.checkpoints} cannot be read: {reason(error)}. Going on from the copy of step {known}.")
+        checkpoints = []
+    if any((step_of(checkpoint.name) or 0) > known for checkpoint in checkpoints):
         with warnings.catch_warnings(record=True) as damaged:
             warnings.simplefilter("always")
             stored = read_latest(run.checkpoints)

@@ -52,7 +52,7 @@ def train_here(arguments: dict[str, Any]) -> dict[str, Any]:
         place = Place(rank, world_size, address, seat.gpu)
         outcome = live(ray.get(arguments["run"][0]), telemetry, layout, life, failures, place, Remains())
     except Exception as error:
-        telemetry.announce.remote(life, failure_event(rank, error))
+        ray.get(telemetry.announce.remote(life, failure_event(rank, error)))  # before this process ends
         raise
     if outcome["status"] == "resize":
         raise Regroup
