@@ -71,8 +71,9 @@ class Board:
     def add(self, kind: str, *values: Any, **options: Any) -> None:
         """`kind`: of SummaryWriter's add_<kind>."""
         try:
-            getattr(self.writer or self._open(), f"add_{kind}")(*values, **options)
-        except OSError:  # its thread has ended
+            if self.writer:
+                getattr(self.writer, f"add_{kind}")(*values, **options)
+        except OSError:  # its thread has ended; the next flush opens another one
             self.writer = None
 
     def drop_after(self, step: int) -> None:
@@ -81,9 +82,10 @@ class Board:
             self._open(step + 1 if step else 0)
 
     def flush(self) -> None:
-        with suppress(OSError):
-            if self.writer:
-                self.writer.flush()
+        try:
+            (self.writer or self._open()).flush()
+        except OSError:
+            self.writer = None
 
     def close(self) -> None:
         with suppress(OSError):
