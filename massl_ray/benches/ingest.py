@@ -54,6 +54,7 @@ def run(device: torch.device, rounds: int = 5, photos: str | None = None) -> dic
         streams = _streams(prepared(["--data.source", str(source), "--train.global_batch_size", str(BATCH)], root / "run"), rounds)
         demo = _demo(prepared(["--preset", "demo"], root / "demo"), rounds)
         shards = _shards(source, root / "shards", rounds)
+        bits = statistics.mean(file.stat().st_size * 8 / WIDTH / HEIGHT for file in source.iterdir())
     images_per_s = {name: BATCH * BATCHES / statistics.median(seconds) for name, seconds in streams.items()}
     return {
         "name": "ingest",
@@ -62,7 +63,7 @@ def run(device: torch.device, rounds: int = 5, photos: str | None = None) -> dic
         "images_per_s": images_per_s["ours"],
         "images_per_s_dataloader": images_per_s["dataloader"],
         "images_per_s_per_core": images_per_s["ours"] / CORES,
-        "bits_per_pixel": statistics.mean(file.stat().st_size * 8 / WIDTH / HEIGHT for file in source.iterdir()),
+        "bits_per_pixel": bits,
         "demo_step_s": statistics.median(demo["ours"]) / STEPS,
         "demo_step_from_memory_s": statistics.median(demo["memory"]) / STEPS,
         "shards_ms_per_image": statistics.median(shards["ours"]) / PHOTOGRAPHS * 1000,
