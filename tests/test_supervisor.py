@@ -440,6 +440,23 @@ def test_a_free_machine_that_somebody_else_takes_meanwhile_is_left_again(in_plac
     assert a.look(50) == [] and a.regroups == 1
 
 
+def test_a_free_machine_that_vanishes_before_it_was_used_holds_up_nobody(in_place):
+    a = in_place("a", "a")
+    a.crew.ready = False
+    a.names, a.free = "ab", "b"
+    a.look(), a.look(2)
+    a.names, a.free = "a", ""
+    a.look(), a.look(2)
+    a.names, a.free = "ac", "c"
+    a.look(), a.look(2)
+    a.crew.ready = True
+    a.supervisor.lead(seats("a"))
+    assert a.asked == [Wish.RESIZE]
+    a.crew.end(Outcome("resize", 9))
+    a.supervisor.lead(seats("a"))
+    assert a.crew.seats == list(seats("ac"))
+
+
 def test_growth_leaves_training_alone_until_there_are_seats_and_engines(in_place):
     ab = in_place("ab", "ab")
     ab.names = "abc"

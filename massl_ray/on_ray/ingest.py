@@ -43,8 +43,8 @@ def stream_views(
 
     def dataset_from(begin: int) -> Generator[Views, None, None]:
         make = ViewMaker(run.images, run.config, run.resolved.batch_size, begin, first, share)
-        rows = (min(begin + steps_at_once, steps) - begin) * share
-        dataset = _dataset(make, rows, task_rows, tasks, _row_bytes(run) * (AHEAD * share + 2 * tasks * task_rows))
+        ahead_bytes = _row_bytes(run) * (AHEAD * share + 2 * tasks * task_rows)
+        dataset = _dataset(make, (min(begin + steps_at_once, steps) - begin) * share, task_rows, tasks, ahead_bytes)
         for rows in dataset.iter_batches(batch_size=share, batch_format="numpy", prefetch_batches=2):
             yield _to_views(rows, run, device)  # type: ignore[arg-type]
 

@@ -91,6 +91,7 @@ class Supervisor:
             if set(self.homes.values()) & (self.alive - nodes.keys()):
                 self._begin("lost", now)
             self.alive, self.changed_at = frozenset(nodes), now
+            self.promised = tuple(seat for seat in self.promised if seat.node in nodes)
             _tell_coordinator()
         staying = {node: resources for node, resources in nodes.items() if node not in leaving}
         self._spares(staying)
