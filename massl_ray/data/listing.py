@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from massl_ray.data.order import Windows
+from massl_ray.storage import Folder
 
 
 class Store(Protocol):
@@ -41,6 +42,26 @@ class Store(Protocol):
     def read(self, place: int) -> bytes:
         """The encoded image. Raises what it likes where it is gone or broken."""
         ...
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What the stores have in common whose images lie together in parts."""
+
+    folder: Folder
+    starts: np.ndarray  # (parts + 1,) int64, places of their first images, and the number of images
+
+    @property
+    def root(self) -> str:
+        return str(self.folder).partition("?")[0]
+
+    def __len__(self) -> int:
+        return int(self.starts[-1])
+
+    def find(self, place: int) -> tuple[int, int]:
+        """The part that holds an image, and its number there."""
+        part = int(np.searchsorted(self.starts, place, "right")) - 1
+        return part, place - int(self.starts[part])
 
 
 @dataclass(frozen=True)

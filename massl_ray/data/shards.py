@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 
 from massl_ray.data.cache import hash_of, mapped
-from massl_ray.data.listing import Listing, Recent, joined
+from massl_ray.data.listing import Listing, Parts, Recent, joined
 from massl_ray.errors import UserError
 from massl_ray.storage import Folder, reason
 
@@ -68,23 +68,14 @@ class Manifest:
 
 
 @dataclass(frozen=True)
-class Shards:
+class Shards(Parts):
     """Prepared images, mapped into memory: on this machine's disk where they lie, from elsewhere through its cache."""
 
-    folder: Folder
     source: str
     shards: tuple[Shard, ...]
-    starts: np.ndarray  # (shards + 1,) int64, places of their first images, and the number of images
     names_held: pa.LargeBinaryArray  # (n,)
     cache_bytes: int
     recent: Recent = field(default_factory=lambda: Recent(MAPPED), compare=False, repr=False)
-
-    @property
-    def root(self) -> str:
-        return str(self.folder).partition("?")[0]
-
-    def __len__(self) -> int:
-        return int(self.starts[-1])
 
     def name(self, place: int) -> str:
         return os.fsdecode(self.names_held[place].as_py())
@@ -93,9 +84,8 @@ class Shards:
         return joined(self.source, self.name(place))
 
     def read(self, place: int) -> bytes:
-        number = int(np.searchsorted(self.starts, place, "right")) - 1
-        images = self.recent.get(number, lambda: self._map(self.shards[number]))
-        return images[place - int(self.starts[number])].as_py()
+        number, row = self.find(place)
+        return self.recent.get(number, lambda: self._map(self.shards[number]))[row].as_py()
 
     def _map(self, shard: Shard) -> pa.Array:
         if self.folder.is_local:
@@ -117,7 +107,7 @@ def open_shards(folder: Folder, cache_gb: float) -> Listing:
         raise UserError(f"data.source: {folder / MANIFEST} is damaged ({reason(error)}). Run massl-ray prepare again.") from None
     starts = np.cumsum([0, *(shard.count for shard in manifest.shards)], dtype=np.int64)
     names = table.column("path").combine_chunks()
-    store = Shards(folder, manifest.source, manifest.shards, starts, names, int(cache_gb * GB))
+    store = Shards(folder, starts, manifest.source, manifest.shards, names, int(cache_gb * GB))
     labels = table.column("label").to_numpy() if manifest.classes else None
     return Listing(store, labels, manifest.classes)
 

@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from massl_ray.data.listing import Listing, Recent, joined, labelled
+from massl_ray.data.listing import Listing, Parts, Recent, joined, labelled
 from massl_ray.errors import UserError
 from massl_ray.storage import Folder
 
@@ -32,36 +32,23 @@ class Chunk:
 
 
 @dataclass(frozen=True)
-class Rows:
+class Rows(Parts):
     """An image a row."""
 
-    folder: Folder
     chunks: tuple[Chunk, ...]
-    starts: np.ndarray  # (chunks + 1,) int64, places of their first rows, and the number of rows
     column: str
     recent: Recent = field(default_factory=lambda: Recent(GROUPS_HELD), compare=False, repr=False)
 
-    @property
-    def root(self) -> str:
-        return str(self.folder).partition("?")[0]
-
-    def __len__(self) -> int:
-        return int(self.starts[-1])
-
     def name(self, place: int) -> str:
-        chunk, row = self._find(place)
-        return f"{chunk.file}:{chunk.row + row}"
+        number, row = self.find(place)
+        return f"{self.chunks[number].file}:{self.chunks[number].row + row}"
 
     def path(self, place: int) -> str:
         return joined(str(self.folder), self.name(place))
 
     def read(self, place: int) -> bytes:
-        chunk, row = self._find(place)
-        return self._bytes(self.recent.get(chunk, lambda: self._load(chunk))[row].as_py())
-
-    def _find(self, place: int) -> tuple[Chunk, int]:
-        number = int(np.searchsorted(self.starts, place, "right")) - 1
-        return self.chunks[number], place - int(self.starts[number])
+        number, row = self.find(place)
+        return self._bytes(self.recent.get(number, lambda: self._load(self.chunks[number]))[row].as_py())
 
     def _load(self, chunk: Chunk) -> pa.ChunkedArray:
         """A row group of a Parquet file."""
@@ -183,15 +170,15 @@ def _named(store: Rows, labels: list[Any], schema: pa.Schema, column: str) -> Li
     return labelled(store, labels)
 
 
-def _chunks(names: Sequence[str], sizes: Sequence[Sequence[int]]) -> tuple[tuple[Chunk, ...], np.ndarray]:
-    """Chunks of files in order, given the rows of each, and where they start."""
+def _chunks(names: Sequence[str], sizes: Sequence[Sequence[int]]) -> tuple[np.ndarray, tuple[Chunk, ...]]:
+    """Where the chunks of files start, given the rows of each, and the chunks, in order."""
 
     def chunks() -> Iterator[Chunk]:
         for name, rows in zip(names, sizes, strict=True):
             firsts = accumulate(rows, initial=0)
             yield from (Chunk(name, number, row) for number, row in zip(range(len(rows)), firsts, strict=False))
 
-    return tuple(chunks()), np.cumsum([0, *(size for rows in sizes for size in rows)], dtype=np.int64)
+    return np.cumsum([0, *(size for rows in sizes for size in rows)], dtype=np.int64), tuple(chunks())
 
 
 def _mapped(folder: Folder, name: str) -> pa.Table:
