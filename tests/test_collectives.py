@@ -17,7 +17,9 @@ from massl_ray.method.network import Encoder, Head
 from massl_ray.method.optim import build_optimizer
 from massl_ray.method.schedules import Schedule
 from massl_ray.method.step import METRICS, Batch, MicroBatch, State, StepSettings, train_step
-from massl_ray.training.collectives import Distributed, Exact, Local
+from massl_ray.training import exact_sums
+from massl_ray.training.collectives import Distributed, Local
+from massl_ray.training.exact_sums import Exact
 from massl_ray.training.state import to_tensors
 
 MICRO_BATCHES, SIZE, SIDE, DIM, SLOTS = 5, 3, 4, 6, 40
@@ -93,6 +95,7 @@ def worker(rank: int, folder: str) -> None:
 
 
 def results_of(rank: int, world_size: int) -> dict:
+    exact_sums.BUCKET = 40  # elements, so that there are several
     collectives = Distributed(MICRO_BATCHES)
     first, last = worker_share(rank, world_size, MICRO_BATCHES)
     values = torch.tensor([[index + 1.0, 10.0**index] for index in range(first, last)], dtype=torch.float64)

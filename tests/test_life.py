@@ -6,7 +6,8 @@ import torch
 from massl_ray.on_ray import life
 from massl_ray.on_ray.life import find_newer, take_up
 from massl_ray.training.checkpoint import write_checkpoint
-from massl_ray.training.collectives import Exact, Local
+from massl_ray.training.collectives import Local
+from massl_ray.training.exact_sums import Exact
 from massl_ray.training.state import build_state, state_sha256, to_tensors
 from tests.helpers import tiny_run
 

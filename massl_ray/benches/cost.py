@@ -21,7 +21,8 @@ from massl_ray.config import Config, load
 from massl_ray.method.schedules import schedule_at
 from massl_ray.method.step import State, train_step
 from massl_ray.training.checkpoint import CheckpointWriter
-from massl_ray.training.collectives import Distributed, Exact, Local
+from massl_ray.training.collectives import Distributed, Local
+from massl_ray.training.exact_sums import Exact
 from massl_ray.training.loop import Views, assemble
 from massl_ray.training.run import Run, prepare_run
 from massl_ray.training.state import build_state, step_settings, to_tensors

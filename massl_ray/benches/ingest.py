@@ -30,7 +30,8 @@ from massl_ray.data.sources import open_source
 from massl_ray.method.schedules import schedule_at
 from massl_ray.method.step import train_step
 from massl_ray.storage import Folder
-from massl_ray.training.collectives import Exact, Local
+from massl_ray.training.collectives import Local
+from massl_ray.training.exact_sums import Exact
 from massl_ray.training.loop import Views, assemble
 from massl_ray.training.run import Run, prepare_run
 from massl_ray.training.state import build_state, step_settings

@@ -22,7 +22,8 @@ from massl_ray.on_ray.telemetry import TelemetryClient, unpack
 from massl_ray.reporting.reporter import Reporter, Silent
 from massl_ray.storage import reason
 from massl_ray.training.checkpoint import CheckpointWriter, NotSaved, list_checkpoints, read_latest, step_of
-from massl_ray.training.collectives import Distributed, Exact, Local
+from massl_ray.training.collectives import Distributed, Local
+from massl_ray.training.exact_sums import Exact
 from massl_ray.training.loop import Outcome, train
 from massl_ray.training.rehearsal import rehearse
 from massl_ray.training.run import Run

@@ -1,59 +1,45 @@
-"""Sums of numbered leaves in one fixed order, whichever order and in whatever parts they come.
+"""Sums of numbered leaves in one fixed order, in whatever contiguous parts they are made.
 
 Leaf i is node (0, i); node (level, index) is the sum of (level - 1, 2 index) and (level - 1, 2 index + 1), or the first alone at
 the ragged edge. The order of additions is that of the tree, so partial sums of any contiguous runs, made anywhere, meet in
-the same bits. Floating point addition commutes, so it does not matter which of two nodes is known first.
+the same bits. From left to right a stack is enough: a node is added to the top of it as long as that is its sibling.
 """
 
-from collections.abc import Sequence
-
-import torch
-from torch import Tensor
+from collections.abc import Iterable
+from dataclasses import dataclass
 
 Node = tuple[int, int]  # level, index
 
 
-class PairwiseSum:
-    """A partial sum over `num_leaves`.
+@dataclass(frozen=True)
+class Fold:
+    """How nodes, given from left to right, are summed on a stack.
 
     Attributes:
-        nodes: subtrees known so far that await their sibling; one, the root, when every leaf is in.
+        merges: for each node, how often the top of the stack is added to what lies below it once the node is on it.
+        left: the nodes on the stack in the end, the leftmost at the bottom: one, the root, when every leaf is in.
+        depth: the most sums that wait at once, not counting a node that is being added.
     """
 
-    def __init__(self, num_leaves: int):
-        self.num_leaves = num_leaves
-        self.nodes: dict[Node, list[Tensor]] = {}
+    merges: tuple[int, ...]
+    left: tuple[Node, ...]
+    depth: int
 
-    def add(self, level: int, index: int, values: Sequence[Tensor]) -> None:
-        """Take in one node. `values` are kept and may be written to."""
-        total = list(values)
-        for known in climb(self.nodes, level, index, self.num_leaves):
-            if known is not None:
-                torch._foreach_add_(total, self.nodes.pop(known))
+
+def fold(nodes: Iterable[Node], num_leaves: int) -> Fold:
+    """Plan the sum of neighbouring `nodes` of a tree over `num_leaves`."""
+    stack: list[Node] = []
+    merges, depth = [], 0
+    for level, index in nodes:
+        merges.append(0)
+        while 1 << level < num_leaves:
+            sibling = level, index ^ 1
+            if stack and stack[-1] == sibling:
+                stack.pop()
+                merges[-1] += 1
+            elif sibling[1] << level < num_leaves:
+                break
             level, index = level + 1, index // 2
-        self.nodes[level, index] = total
-
-
-def climb(known, level: int, index: int, num_leaves: int):
-    """The siblings in `known` that lift node (level, index) towards the root; None where the ragged edge has no sibling."""
-    while 1 << level < num_leaves:
-        sibling = level, index ^ 1
-        if sibling[1] << level >= num_leaves:
-            yield None
-        elif sibling in known:
-            yield sibling
-        else:
-            return
-        level, index = level + 1, index // 2
-
-
-def nodes_of(first: int, last: int, num_leaves: int) -> set[Node]:
-    """The subtrees that leaves [first, last) complete."""
-    known: set[Node] = set()
-    for leaf in range(first, last):
-        level, index = 0, leaf
-        for sibling in climb(known, level, index, num_leaves):
-            known.discard(sibling)  # type: ignore[arg-type]
-            level, index = level + 1, index // 2
-        known.add((level, index))
-    return known
+        stack.append((level, index))
+        depth = max(depth, len(stack))
+    return Fold(tuple(merges), tuple(stack), depth)
