@@ -4,6 +4,7 @@ Of the time to start a worker, most goes into imports (torch, timm: 6 s of a CPU
 engine more than needed waits. An engine that leaves a life in good order keeps its model on its device and may lead the next.
 """
 
+import gc
 import os
 import socket
 from typing import Any
@@ -16,12 +17,15 @@ class Engine:
     """One worker's process."""
 
     def __init__(self) -> None:
+        gc.disable()  # which would go through all that is imported again and again, for a sixth of the time
         import torch._dynamo  # the optimizer asks for it at its first step  # noqa: F401
 
         from massl_ray.on_ray.ingest import warm_up
         from massl_ray.on_ray.life import Remains
 
         warm_up()
+        gc.freeze()
+        gc.enable()
         self.remains = Remains()
 
     def report(self) -> tuple[int, str]:

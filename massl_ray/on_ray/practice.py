@@ -31,16 +31,17 @@ class PracticeCluster:
 
     def __init__(self, num_machines: int, *, fast: bool = True):
         self.scratch = TemporaryDirectory(prefix="mr-")  # short: Ray's sockets lie inside, and their paths are limited
-        self.cluster = Cluster(
-            initialize_head=True,
-            head_node_args={
-                "num_cpus": 0,
-                "object_store_memory": OBJECTS,
-                "include_dashboard": False,
-                "_system_config": (HEAD if fast else {}) | {"worker_niceness": 0},  # whatever else this computer does
-                "temp_dir": self.scratch.name,
-            },
-        )
+        with _address_file_in(self.scratch.name):
+            self.cluster = Cluster(
+                initialize_head=True,
+                head_node_args={
+                    "num_cpus": 0,
+                    "object_store_memory": OBJECTS,
+                    "include_dashboard": False,
+                    "_system_config": (HEAD if fast else {}) | {"worker_niceness": 0},  # whatever else this computer does
+                    "temp_dir": self.scratch.name,
+                },
+            )
         self.address = str(self.cluster.address)
         self.machines: dict[str, Any] = {}  # by node id
         self.placed: dict[int, dict[str, Any]] = {}  # by rank
@@ -85,6 +86,22 @@ class PracticeCluster:
         ray.shutdown()
         self.cluster.shutdown()
         self.scratch.cleanup()
+
+
+@contextmanager
+def _address_file_in(folder: str) -> Iterator[None]:
+    """Cluster writes down where it is for whoever comes next, in a directory that may not exist, over the address of a cluster
+    that may: let it do so in a `folder` of its own."""
+    before = os.environ.get("RAY_TMPDIR")
+    os.environ["RAY_TMPDIR"] = folder
+    os.makedirs(os.path.join(folder, "ray"))
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["RAY_TMPDIR"]
+        else:
+            os.environ["RAY_TMPDIR"] = before
 
 
 @contextmanager
