@@ -41,7 +41,7 @@ def examine(flags: Sequence[str], as_json: bool) -> int:
 
     images = open_source(config.data.source, cache_gb=config.data.cache_gb)
     rows = []
-    looks = look_at_all(images, threads=os.cpu_count() or 1, max_pixels=config.data.max_pixels)
+    looks = look_at_all(images, os.cpu_count() or 1, config.data.max_pixels, config.data.channels)
     for _ in counted((rows.append(row) or 1 for row in looks), len(images)):
         pass
     found = report(images, to_table(rows))

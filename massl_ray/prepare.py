@@ -22,10 +22,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--shard-mb", type=int, default=64, metavar="MB", help="size of a shard, about [64]")
     most = DataSection().max_pixels
     parser.add_argument("--max-pixels", type=int, default=most, metavar="N", help=f"more count as unreadable [{most}]")
+    parser.add_argument(
+        "--channels", type=int, default=3, metavar="C", help="as data.channels: 1 gray, 3 colour, others as they are [3]"
+    )
     parser.add_argument("--max-skipped", type=float, default=0.05, metavar="SHARE", help="share that may be unreadable [0.05]")
     arguments = parser.parse_args(argv)
-    if min(arguments.max_side or 1, arguments.max_pixels) < 1 or not 1 <= arguments.shard_mb <= 4096:
-        parser.error("--max-side and --max-pixels must be positive, --shard-mb from 1 to 4096")
+    if min(arguments.max_side or 1, arguments.max_pixels, arguments.channels) < 1 or not 1 <= arguments.shard_mb <= 4096:
+        parser.error("--max-side, --max-pixels and --channels must be positive, --shard-mb from 1 to 4096")
     try:
         return prepare(arguments)
     except UserError as error:
@@ -44,10 +47,10 @@ def prepare(arguments: argparse.Namespace) -> int:
     from massl_ray.storage import Folder, reason
 
     images = open_source(arguments.source)
-    probe(images, arguments.max_skipped, arguments.max_pixels)
+    probe(images, arguments.max_skipped, arguments.max_pixels, arguments.channels)
     folder = Folder(arguments.dest)
     try:
-        plan = begin(images, folder, arguments.max_side, arguments.shard_mb, arguments.max_pixels)
+        plan = begin(images, folder, arguments.max_side, arguments.shard_mb, arguments.max_pixels, arguments.channels)
         if plan is None:
             print(f"All images of {images.root} are in {folder} already.")
             return 0
@@ -63,7 +66,8 @@ def prepare(arguments: argparse.Namespace) -> int:
             f"{folder} cannot be written ({reason(error)}). Mend it, then run the same command again, or choose another folder."
         ) from None
     print(describe(found))
-    print(f"Shards    {plan.parts:,} in {folder}; train on them with --data.source {arguments.dest}")
+    flags = f"--data.source {arguments.dest}" + (f" --data.channels {plan.channels}" if plan.channels != 3 else "")
+    print(f"Shards    {plan.parts:,} in {folder}; train on them with {flags}")
     return 0
 
 

@@ -206,6 +206,7 @@ READ_ELSEWHERE = {
     "data.max_skipped": ("training/loop.py", "config.data.max_skipped"),
     "views.device": ("data/making.py", "self.config.views.device"),
     "data.max_pixels": ("data/making.py", "self.config.data.max_pixels"),
+    "data.channels": ("data/making.py", "self.config.data.channels"),
     "train.device": ("on_ray/layout.py", "config.train.device"),
     "train.threads": ("on_ray/life.py", "config.train.threads"),
     "train.precision": ("training/state.py", "config.train.precision"),

@@ -115,3 +115,13 @@ def test_an_image_that_was_decoded_smaller():
     expected = apply_view(Pyramid(small, 2), view)
     assert difference(on_device(small, view, shrunk=2), expected) < 1.5
     assert difference(on_device(small, replace(view, box=(48, 22, 305, 211)), shrunk=2), expected) > 1.5
+
+
+@pytest.mark.parametrize("channels", [1, 4])
+def test_other_than_three_channels(channels):
+    bands = np.stack([pixels(160, 120)[..., n % 3] for n in range(channels)], axis=2)
+    jitter = replace(STILL, brightness=1.2, contrast=0.8, saturation=1.9, hue=0.4)
+    view = replace(PLAIN, box=(10, 5, 130, 105), flip=True, jitter=jitter, gray=True, blur_sigma=1.0, solarize=True)
+    expected = apply_view(Pyramid(bands), view)
+    (made,) = device_views(padded([torch.from_numpy(bands.copy())], CPU), [1], [[view]])
+    assert made.shape == (1, 64, 64, channels) and difference(made[0].numpy(), expected) < 2.5

@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from massl_ray.config import Config, validate
+from massl_ray.config import Config, DataSection, validate
 from massl_ray.data.decode import read
 from massl_ray.data.listing import Listing
 from massl_ray.data.sources import open_source
@@ -111,34 +111,34 @@ def test_chunks_change_nothing(images, monkeypatch):
 
 
 def test_unreadable_images_are_left_out(images, monkeypatch):
-    whole = pixel_features(images)
+    whole = pixel_features(images, DataSection())
     for sample in (0, 3, 4, 5):  # with chunks of three: one of the first, all of the second
         with open(images.path(sample), "wb") as file:
             file.write(b"no image")
     monkeypatch.setattr(module, "CHUNK", 3)
-    for found in (pixel_features(images), backbone_features(Spy(), images, settings(), CPU)):
+    for found in (pixel_features(images, DataSection()), backbone_features(Spy(), images, settings(), CPU)):
         assert found.samples.tolist() == [1, 2, 6]
         assert found.labels.tolist() == [0, 0, 1]
-    assert torch.equal(pixel_features(images).rows, whole.rows[[1, 2, 6]])
+    assert torch.equal(pixel_features(images, DataSection()).rows, whole.rows[[1, 2, 6]])
 
 
 def test_none_can_be_read(images):
     for sample in range(7):
         open(images.path(sample), "wb").close()
-    for found in (pixel_features(images), backbone_features(Spy(), images, settings(), CPU)):
+    for found in (pixel_features(images, DataSection()), backbone_features(Spy(), images, settings(), CPU)):
         assert len(found.rows) == len(found.samples) == len(found.labels) == 0
 
 
 def test_without_labels(images):
     bare = Listing(images.store)
-    assert pixel_features(bare).labels is None
-    assert torch.equal(pixel_features(bare).rows, pixel_features(images).rows)
+    assert pixel_features(bare, DataSection()).labels is None
+    assert torch.equal(pixel_features(bare, DataSection()).rows, pixel_features(images, DataSection()).rows)
 
 
 def test_pixels_are_the_whole_image_shrunk(images):
-    found = pixel_features(images, side=8)
+    found = pixel_features(images, DataSection(), side=8)
     assert found.rows.shape == (7, 8 * 8 * 3) and found.rows.dtype == torch.float32
     for sample in range(7):
         expected = Image.open(images.path(sample)).resize((8, 8), Image.Resampling.BICUBIC)
         assert np.array_equal(found.rows[sample].reshape(8, 8, 3).numpy(), np.asarray(expected))
-    assert pixel_features(images).rows.shape[1] == 32 * 32 * 3
+    assert pixel_features(images, DataSection()).rows.shape[1] == 32 * 32 * 3

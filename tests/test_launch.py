@@ -4,6 +4,7 @@ import json
 import os
 import signal
 
+import numpy as np
 import pytest
 import torch
 
@@ -12,6 +13,7 @@ from massl_ray.data.cache import hash_of
 from massl_ray.data.demo import cache_folder
 from massl_ray.data.preparing import begin, do_part, finish
 from massl_ray.data.sources import open_source
+from massl_ray.errors import UserError
 from massl_ray.on_ray.launch import Stopped, run_workers
 from massl_ray.reporting.recorder import RunRecorder
 from massl_ray.storage import Folder
@@ -88,6 +90,31 @@ def test_batch_norm_statistics_agree_too(start):
     assert running
     for name in running:
         torch.testing.assert_close(two[name], one[name], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("channels", [1, 5])
+def test_other_than_three_channels(start, tmp_path, channels):
+    """From arrays with bands, through shards that know their means, to a checkpoint and figures."""
+    random, source, folder = np.random.default_rng(0), tmp_path / "bands", Folder(tmp_path / "shards")
+    for number in range(24):
+        (source / str(number % 2)).mkdir(parents=True, exist_ok=True)
+        levels = random.integers(0, 128 + 100 * (number % 2), (40, 50, channels), dtype=np.uint8)
+        np.save(source / str(number % 2) / f"{number}.npy", levels)
+    listing = open_source(str(source))
+    flags = ["--train.steps", "4", "--data.channels", str(channels)]
+    if channels == 5:
+        with pytest.raises(UserError, match=r"data.mean is not known for 5 channels.*prepare --channels 5"):
+            prepare_run(load([*TINY, *flags, "--data.source", str(source), "--run.dir", str(tmp_path / "refused")]))
+    plan = begin(listing, folder, None, 64, channels=channels)
+    do_part(listing, folder, plan, 0)
+    finish(listing, folder, plan)
+    outcome, run, events = start("run", *flags, "--data.source", str(tmp_path / "shards"))
+    assert outcome.status == "finished"
+    assert run.config.data.mean == pytest.approx([0.353] * channels, abs=0.02) and len(run.config.data.std) == channels
+    weights = read_checkpoint(list_checkpoints(run.checkpoints)[-1])[0]
+    assert next(value for name, value in weights.items() if name.endswith("patch_embed.proj.weight")).shape[1] == channels
+    (grid,) = [event["grid"] for event in events if event["kind"] == "views"]
+    assert grid.ndim == 3 and grid.shape[2] == 3
 
 
 def test_collapse_ends_all_workers_and_keeps_the_checkpoint(start):

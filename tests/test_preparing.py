@@ -159,7 +159,8 @@ def test_shards_have_the_size_that_is_asked_for(tmp_path):
 def test_small_images_stay_as_they_are():
     image = photograph(100, 80)
     data = encoded(image, "JPEG", quality=50)
-    assert shrunk(data, image, None, "JPEG") == data and shrunk(data, image, 100, "JPEG") == data
+    pixels = np.asarray(image)
+    assert shrunk(data, pixels, None, "JPEG") == data and shrunk(data, pixels, 100, "JPEG") == data
 
 
 @pytest.mark.parametrize(
@@ -167,10 +168,19 @@ def test_small_images_stay_as_they_are():
 )
 def test_large_ones_are_shrunk(kind, expected):
     image = photograph(160, 90)
-    with Image.open(io.BytesIO(shrunk(b"", image.copy(), 100, kind))) as small:
+    with Image.open(io.BytesIO(shrunk(b"", np.asarray(image), 100, kind))) as small:
         assert small.format == expected and small.size == (100, 56)
         reference = np.asarray(image.resize((100, 56), Image.Resampling.LANCZOS), dtype=float)
         assert np.abs(np.asarray(small, dtype=float) - reference).mean() < 3
+
+
+def test_bands_are_shrunk_to_an_array():
+    pixels = np.concatenate([np.asarray(photograph(160, 90))] * 2, axis=2)[..., :5]
+    small = np.load(io.BytesIO(shrunk(b"", pixels, 80, "TIFF")))
+    assert small.shape == (45, 80, 5) and small.dtype == np.uint8
+    for band in range(5):
+        expected = Image.fromarray(pixels[..., band]).resize((80, 45), Image.Resampling.LANCZOS)
+        assert np.abs(small[..., band].astype(float) - np.asarray(expected)).mean() < 3
 
 
 def test_shrunk_images_are_upright_and_read_alike(tmp_path):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from massl_ray.config import keys
+from massl_ray.config import DataSection, keys
 from massl_ray.data.decode import read
 from massl_ray.data.order import samples_at, step_positions
 from massl_ray.evaluation.features import backbone_features, pixel_features
@@ -275,7 +275,7 @@ def test_knn_before_the_first_step(told):
             parameter.zero_()
     backbone = told.state.teacher.backbone
     teacher = [backbone_features(backbone, part, run.config, CPU) for part in (run.bank, run.queries)]
-    pixels = [pixel_features(part) for part in (run.bank, run.queries)]
+    pixels = [pixel_features(part, DataSection()) for part in (run.bank, run.queries)]
     assert len(run.queries) > 2
     assert told.evaluate(0) == [
         {
@@ -296,7 +296,7 @@ def test_knn_of_pixels_does_not_ask_the_backbone(told):
     with torch.no_grad():
         for parameter in told.state.teacher.parameters():
             parameter.zero_()
-    bank, queries = (pixel_features(part) for part in (told.run.bank, told.run.queries))
+    bank, queries = (pixel_features(part, DataSection()) for part in (told.run.bank, told.run.queries))
     pixels, untrained = told.evaluate(0)
     assert pixels["top1"] == pytest.approx(plain_knn(bank, queries, k=3, temperature=0.07))
     assert untrained["top1"] < pixels["top1"]

@@ -50,7 +50,7 @@ def test_any_depth_sorted(tmp_path):
 
 
 def test_suffixes_in_any_case_and_nothing_else(tmp_path):
-    images = ["a.JPG", "b.jpeg", "c.Png", "d.WEBP", "e.tif", "f.TIFF", "g.bmp", "h.GIF"]
+    images = ["a.JPG", "b.jpeg", "c.Png", "d.WEBP", "e.tif", "f.TIFF", "g.bmp", "h.GIF", "i.npy"]
     touch(tmp_path, *images, "notes.txt", "png", ".png", "x.png.txt", "model.safetensors")
     assert found(tmp_path) == images
     assert {os.path.splitext(name)[1].lower() for name in images} == SUFFIXES
@@ -452,7 +452,7 @@ def test_probe_of_nothing_that_can_be_read(tmp_path):
 
 def test_probe_tries_a_spread_out_few(monkeypatch):
     tried = []
-    monkeypatch.setattr(sources, "fault", lambda images, sample, max_pixels: tried.append(images.path(sample)))
+    monkeypatch.setattr(sources, "fault", lambda images, sample, *form: tried.append(images.path(sample)))
     images = listed("/images", map(str, range(10_000)))
     probe(images, 0.05)
     places = sorted(int(os.path.basename(path)) for path in tried)

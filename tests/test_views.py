@@ -345,3 +345,43 @@ def test_center_view_of_the_whole_square_is_the_image():
 @given(width=st.integers(1, 300), height=st.integers(1, 300), part=st.floats(0.01, 1.0))
 def test_center_view_of_any_size(width, height, part):
     assert (center_view(Image.new("RGB", (width, height), (9, 90, 200)), 8, part) == (9, 90, 200)).all()
+
+
+# ---- other than three channels ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("channels", [1, 2, 4, 5, 13])
+def test_each_band_is_cut_flipped_blurred_and_solarized_alike(channels):
+    """As if it were all of red, green and blue, but for OpenCV's rounding, which depends on their number."""
+    bands = np.stack([np.roll(np.asarray(photograph()), 7 * n, axis=1)[..., n % 3] for n in range(channels)], axis=2)
+    view = replace(PLAIN, box=(11, 5, 120, 104), flip=True, blur_sigma=1.3, solarize=True)
+    found = apply_view(Pyramid(bands), replace(view, gray=True))
+    assert found.shape == (64, 64, channels) and found.dtype == np.uint8
+    for band in range(channels):
+        alone = apply_view(Pyramid(np.repeat(bands[..., band, None], 3, axis=2)), view)
+        assert np.abs(found[..., band].astype(int) - alone[..., 0]).max() <= 1
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2, 3), (3, 1, 2, 0)])
+def test_jitter_of_bands_is_that_of_torchvision_on_gray(order):
+    band = np.asarray(photograph(64, 64))[..., :1]
+    jitter = Jitter(brightness=1.3, contrast=0.7, saturation=1.8, hue=0.3, order=order)
+    found = apply_view(Pyramid(band), replace(PLAIN, box=(0, 0, 64, 64), jitter=jitter))
+    expected = Image.fromarray(band[..., 0])
+    for operation in order:
+        if operation == 0:
+            expected = reference.adjust_brightness(expected, 1.3)
+        elif operation == 1:
+            expected = reference.adjust_contrast(expected, 0.7)
+    assert difference(found[..., 0], expected) < 1.5
+
+
+def test_views_of_bands_are_drawn_as_those_of_colours():
+    bands = np.random.default_rng(0).integers(0, 256, (50, 70, 5), dtype=np.uint8)
+    global_views, local_views = make_views(bands, CONFIG, seed=0, epoch=0, sample=3)
+    assert global_views.shape == (2, 32, 32, 5) and local_views.shape == (3, 16, 16, 5)
+    none = CONFIG.model_copy(update={"num_local": 0})
+    assert make_views(bands, none, seed=0, epoch=0, sample=3)[1].shape == (0, 16, 16, 5)
+    assert center_view(bands, 8, 0.9).shape == (8, 8, 5)
+    colours = center_view(bands[..., :3], 8, 0.9)
+    assert np.array_equal(center_view(bands, 8, 0.9)[..., :3], colours)

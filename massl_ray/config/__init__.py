@@ -6,9 +6,10 @@ that depends on the size of the data set. Nothing else in the package computes a
 
 from massl_ray.config.loading import decided_as, keys, load, parse_toml, presets, read_toml, to_toml, validate
 from massl_ray.config.resolve import Resolved, fill, resolve
-from massl_ray.config.schema import Config, DataSection, HeadSection, ModelSection, MonitorSection, ViewsSection
+from massl_ray.config.schema import IMAGENET_GRAY, Config, DataSection, HeadSection, ModelSection, MonitorSection, ViewsSection
 
 __all__ = [
+    "IMAGENET_GRAY",
     "Config",
     "DataSection",
     "HeadSection",

@@ -119,11 +119,13 @@ def _help(prog: str) -> argparse.ArgumentParser:
         f"Presets: {', '.join(presets())}. A flag overrides the file, the file overrides the preset. "
         "Without either, the preset is demo."
     )
+    defaults = Config()
     for section, model in Config.model_fields.items():
         annotation: type[Section] = model.annotation  # type: ignore[assignment]
         group = parser.add_argument_group(section, annotation.__doc__)
         for key, field in annotation.model_fields.items():
-            default = ",".join(map(str, field.default)) if isinstance(field.default, tuple) else field.default
+            value = getattr(getattr(defaults, section), key)
+            default = ",".join(map(str, value)) if isinstance(value, tuple) else value
             group.add_argument(f"--{section}.{key}", metavar="", help=f"{field.description} [{default}]".replace("%", "%%"))
     return parser
 

@@ -25,6 +25,10 @@ class RunSection(Section):
     """Seed of every draw: weights, memory, order, views, drop path, blocks."""
 
 
+IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
+IMAGENET_GRAY = {"mean": (0.449,), "std": (0.226,)}  # means over the three
+
+
 class DataSection(Section):
     """The images."""
 
@@ -42,10 +46,29 @@ class DataSection(Section):
     """Share of unreadable images, among those tried, above which the run stops."""
     max_pixels: Annotated[int, Field(ge=1)] = 200_000_000
     """Images of more pixels count as unreadable: a small file can hold an enormous image."""
-    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
-    """Channel means (red, green, blue, in 0..1) subtracted from every view."""
-    std: tuple[Positive, Positive, Positive] = (0.229, 0.224, 0.225)
-    """Channel standard deviations (in 0..1) that every view is divided by."""
+    channels: Annotated[int, Field(ge=1, le=1024)] = 3
+    """That images are decoded to. 1: gray. 3: red, green and blue. Any other number: that of the bands of TIFF files or numpy
+    arrays (.npy). Colour jitter of other than 3 changes brightness and contrast only."""
+    mean: tuple[float, ...] = ()
+    """Channel means (in 0..1) subtracted from every view. Empty: ImageNet's for 3 channels; for any other number those that
+    `massl-ray prepare` measured, or of gray images that were not prepared ImageNet's."""
+    std: tuple[Positive, ...] = ()
+    """Channel standard deviations (in 0..1) that every view is divided by. Empty: as with data.mean."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _imagenet(cls, given: dict[str, Any]) -> dict[str, Any]:
+        empty = [key for key in IMAGENET if not given.get(key)]
+        return given | {key: IMAGENET[key] for key in empty} if given.get("channels", 3) in (3, "3") else given
+
+    @model_validator(mode="after")
+    def _one_for_each_channel(self) -> "DataSection":
+        for key, values in (("mean", self.mean), ("std", self.std)):
+            if values and len(values) != self.channels:
+                raise ValueError(
+                    f"data.{key} has {len(values)} values, data.channels is {self.channels}: give one for each channel"
+                )
+        return self
 
 
 class ViewsSection(Section):

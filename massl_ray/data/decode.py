@@ -1,4 +1,5 @@
-"""Bytes to pixels: JPEG by libjpeg-turbo, at a fraction of its size where that is enough, everything else by Pillow."""
+"""Bytes to pixels: JPEG by libjpeg-turbo, at a fraction of its size where that is enough, arrays and pictures of many bands by
+`massl_ray.data.bands`, everything else by Pillow."""
 
 import io
 import math
@@ -15,6 +16,7 @@ from PIL import (
 )
 
 from massl_ray.config import DataSection
+from massl_ray.data.bands import bands, is_bands, to_8_bits
 
 FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF")
 """What is decoded. Pillow knows more formats, and runs other programs for some."""
@@ -46,12 +48,20 @@ def reason(error: BaseException) -> str:
 class Encoded:
     """An image of which the header has been read: `size` is its upright (width, height).
 
+    Args:
+        channels: that it is decoded to: 1 is gray, 3 are red, green and blue, any other number has to be that of the image.
+
     Raises one of UNREADABLE where `data` is no image, or one of more than `max_pixels` pixels.
     """
 
-    def __init__(self, data: bytes, max_pixels: int = MAX_PIXELS):
+    def __init__(self, data: bytes, max_pixels: int = MAX_PIXELS, channels: int = 3):
+        self._data, self._channels, self._bands, self._turn = data, channels, None, None
         with _unreadable():
-            self._data, self._image = data, Image.open(io.BytesIO(data), formats=FORMATS)
+            if is_bands(data, channels):
+                self._bands = bands(data, max_pixels, channels)
+                self.size = self._bands.shape[1], self._bands.shape[0]
+                return
+            self._image = Image.open(io.BytesIO(data), formats=FORMATS)
             width, height = self._image.size
             if width * height > max_pixels:
                 raise Image.DecompressionBombError(f"{width} x {height} pixels, more than data.max_pixels {max_pixels} allows")
@@ -61,22 +71,25 @@ class Encoded:
             self.size = (height, width) if orientation in (5, 6, 7, 8) else (width, height)
 
     def pixels(self, shrink: int = 1) -> tuple[np.ndarray, int]:
-        """Decode to (h, w, 3) uint8, RGB, upright; 16-bit gray is scaled to 8 bits, transparency dropped.
+        """Decode to (h, w, channels) uint8, upright; more than 8 bits are scaled to 8, transparency that is no channel dropped.
 
         A JPEG may come up to `shrink` (a power of two) times smaller. Also returns how many times smaller it is. Raises one
         of UNREADABLE.
         """
+        if self._bands is not None:
+            return self._bands, 1
         with _unreadable():
             pixels, shrunk = self._jpeg(min(shrink, 8)), min(shrink, 8)
             if pixels is None:
-                pixels, shrunk = _to_rgb(self._image), 1
+                pixels, shrunk = _to_channels(self._image, self._channels), 1
             if self._turn is not None:  # not ImageOps.exif_transpose: it writes the EXIF block anew, and fails where that is broken
-                pixels = np.asarray(Image.fromarray(pixels).transpose(self._turn))
+                pixels = as_pixels(to_image(pixels).transpose(self._turn))
             return pixels, shrunk
 
     def _jpeg(self, shrink: int) -> np.ndarray | None:
-        """None for what libjpeg-turbo refuses or has no RGB for: Pillow has the last word."""
-        if self._image.format not in ("JPEG", "MPO"):
+        """None for what libjpeg-turbo refuses or has no such channels for: Pillow has the last word."""
+        wanted = {1: "GRAY", 3: "RGB"}.get(self._channels)
+        if self._image.format not in ("JPEG", "MPO") or not wanted:
             return None
         try:
             width, height = self._image.size
@@ -84,7 +97,7 @@ class Encoded:
             if size != [height, width] or colours not in ("YCbCr", "RGB", "Gray"):
                 return None
             least_height, least_width = math.ceil(height / shrink), math.ceil(width / shrink)
-            return simplejpeg.decode_jpeg(self._data, "RGB", min_height=least_height, min_width=least_width)
+            return simplejpeg.decode_jpeg(self._data, wanted, min_height=least_height, min_width=least_width)
         except ValueError:
             return None
 
@@ -110,20 +123,27 @@ def _unreadable() -> Iterator[None]:
         raise ValueError(f"{type(error).__name__}: {error}") from error
 
 
-def _to_rgb(image: Image.Image) -> np.ndarray:
+def to_image(pixels: np.ndarray) -> Image.Image:
+    """Of (h, w, channels) uint8, up to four of them."""
+    return Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels)
+
+
+def as_pixels(image: Image.Image) -> np.ndarray:
+    """(h, w, channels) uint8."""
+    pixels = np.asarray(image)
+    return pixels[..., np.newaxis] if pixels.ndim == 2 else pixels
+
+
+def _to_channels(image: Image.Image, channels: int) -> np.ndarray:
     image.load()
     if image.mode.startswith("I") or image.mode == "F":
-        image = Image.fromarray(_to_8_bits(np.asarray(image)))
-    image.info.pop("transparency", None)
-    return np.asarray(image.convert("RGB"))
-
-
-def _to_8_bits(pixels: np.ndarray) -> np.ndarray:
-    """Whole numbers are taken as 0..65535 whatever is in the image, so that dark images stay dark. Floats have no such range:
-    the smallest of 0..1, 0..255 and 0..65535 that holds the brightest pixel."""
-    scale = 255 / 65535
-    if pixels.dtype.kind == "f":
-        pixels = np.nan_to_num(pixels)
-        brightest = pixels.max(initial=0)
-        scale = 255.0 if brightest <= 1 else 1.0 if brightest <= 255 else scale
-    return np.clip(np.round(pixels * scale), 0, 255).astype(np.uint8)
+        image = Image.fromarray(to_8_bits(np.asarray(image)))
+    mode = {1: "L", 3: "RGB"}.get(channels)
+    if mode:
+        image.info.pop("transparency", None)
+        return as_pixels(image.convert(mode))
+    if image.mode == "P":
+        image = image.convert("RGBA" if "transparency" in image.info else "RGB")
+    if len(image.getbands()) != channels:
+        raise ValueError(f"it has {len(image.getbands())} channels ({image.mode}), not the {channels} of data.channels")
+    return as_pixels(image)

@@ -7,11 +7,13 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
+import cv2
 import numpy as np
 import pyarrow as pa
 from PIL import Image
 
-from massl_ray.data.decode import MAX_PIXELS, UNREADABLE, decode, reason
+from massl_ray.data.bands import NUMPY, TIFF
+from massl_ray.data.decode import MAX_PIXELS, UNREADABLE, Encoded, reason
 from massl_ray.data.listing import Listing
 
 TINY = 32  # pixels: images with a shorter side below it have little to show
@@ -28,8 +30,8 @@ LOOK = pa.schema(
         "width": pa.int32(),
         "height": pa.int32(),
         "constant": pa.bool_(),  # all pixels are alike
-        "mean": pa.list_(pa.float64(), 3),  # red, green, blue, in 0..1
-        "square": pa.list_(pa.float64(), 3),  # mean of the squares
+        "mean": pa.list_(pa.float64()),  # of the channels, in 0..1
+        "square": pa.list_(pa.float64()),  # mean of the squares
     }
 )
 """What a look at an image finds."""
@@ -54,15 +56,20 @@ class Report:
     std: list[float] | None
 
 
-def look(images: Listing, sample: int, max_pixels: int = MAX_PIXELS) -> tuple[dict[str, Any], bytes, Image.Image | None]:
-    """What there is to know of an image as a row of LOOK, with its bytes and pixels; without them where it cannot be read."""
+def look(
+    images: Listing, sample: int, max_pixels: int = MAX_PIXELS, channels: int = 3
+) -> tuple[dict[str, Any], bytes, np.ndarray | None]:
+    """What there is to know of an image as a row of LOOK, with its bytes and pixels (h, w, channels); without them where it cannot
+    be read."""
     path = images.path(sample).encode(errors="backslashreplace").decode()
     try:
         data = images.read(sample)
-        image = decode(data, max_pixels)
+        pixels, _ = Encoded(data, max_pixels, channels).pixels()
     except UNREADABLE as error:
         return {"sample": sample, "path": path, "error": reason(error)}, b"", None
-    shares = np.array(image.histogram()).reshape(3, 256) / (image.width * image.height)
+    height, width, _ = pixels.shape
+    counts = [cv2.calcHist([pixels], [channel], None, [256], [0, 256]).ravel() for channel in range(channels)]
+    shares = np.array(counts, dtype=np.float64) / (width * height)
     values = np.arange(256) / 255
     row = {
         "sample": sample,
@@ -70,20 +77,21 @@ def look(images: Listing, sample: int, max_pixels: int = MAX_PIXELS) -> tuple[di
         "size": len(data),
         "sha256": hashlib.sha256(data).digest(),
         "format": file_format(data),
-        "width": image.width,
-        "height": image.height,
+        "width": width,
+        "height": height,
         "constant": bool((shares.max(axis=1) == 1).all()),
         "mean": shares @ values,
         "square": shares @ values**2,
     }
-    return row, data, image
+    return row, data, pixels
 
 
-def look_at_all(images: Listing, threads: int, max_pixels: int = MAX_PIXELS) -> Iterator[dict[str, Any]]:
+def look_at_all(images: Listing, threads: int, max_pixels: int = MAX_PIXELS, channels: int = 3) -> Iterator[dict[str, Any]]:
     """Rows of LOOK in the order of the listing, decoded by a few threads."""
     with ThreadPoolExecutor(threads) as pool:
         for first in range(0, len(images), 256):
-            yield from pool.map(lambda sample: look(images, sample, max_pixels)[0], range(first, min(first + 256, len(images))))
+            samples = range(first, min(first + 256, len(images)))
+            yield from pool.map(lambda sample: look(images, sample, max_pixels, channels)[0], samples)
 
 
 def to_table(rows: Iterable[dict[str, Any]]) -> pa.Table:
@@ -141,6 +149,10 @@ def describe(found: Report) -> str:
 
 def file_format(data: bytes) -> str:
     """As Pillow calls it: JPEG, PNG, ... Of bytes that can be decoded."""
+    if data.startswith(NUMPY):
+        return "NumPy"
+    if data.startswith(TIFF):
+        return "TIFF"
     with Image.open(io.BytesIO(data)) as image:
         return image.format or "unknown"
 
@@ -165,7 +177,7 @@ def _spread(sides: np.ndarray) -> dict[str, int]:
 
 
 def _rows(column: pa.ChunkedArray) -> np.ndarray:
-    return column.combine_chunks().flatten().to_numpy().reshape(-1, 3)
+    return column.combine_chunks().flatten().to_numpy().reshape(len(column), -1)
 
 
 def _duplicates(good: pa.Table) -> list[list[str]]:

@@ -13,7 +13,7 @@ from massl_ray.data.listing import Listing, joined, labelled
 from massl_ray.errors import UserError
 from massl_ray.storage import Folder
 
-SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".bmp", ".gif"})
+SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".bmp", ".gif", ".npy"})
 
 
 @dataclass(frozen=True)

@@ -73,6 +73,8 @@ class Listing:
     classes: tuple[str, ...] = ()
     places: np.ndarray | None = None  # (n,) int64 into the store; None: all of it, in its order
     windows: Windows | None = None  # in which training shuffles; None: all at once
+    mean: tuple[float, ...] = ()  # of the channels, in 0..1, where they were measured
+    std: tuple[float, ...] = ()
 
     def __len__(self) -> int:
         return len(self.store) if self.places is None else len(self.places)

@@ -34,7 +34,7 @@ class ViewMaker:
 
     def __call__(self, rows: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         """`rows["id"]` (n,) to columns of n rows, and `skipped`: what was passed over for each, as "path: reason" separated by
-        NUL, which no path has. The columns are global_views (n, 2, H, W, 3) and local_views (n, V-2, h, w, 3), uint8, or with
+        NUL, which no path has. The columns are global_views (n, 2, H, W, C) and local_views (n, V-2, h, w, C), uint8, or with
         views.device cuda those of `_decoded`."""
         cv2.setNumThreads(1)  # tasks share out the CPUs, not their loops
         step, place = np.divmod(rows["id"], self.share)
@@ -50,13 +50,13 @@ class ViewMaker:
 
     def _views(self, epoch: int, sample: int, data: bytes) -> dict[str, Any]:
         key = {"seed": self.config.run.seed, "epoch": epoch, "sample": sample}
-        encoded = Encoded(data, self.config.data.max_pixels)
+        encoded = Encoded(data, self.config.data.max_pixels, self.config.data.channels)
         global_views, local_views = views_of(encoded, self.config.views, **key)
         return {"global_views": global_views, "local_views": local_views}
 
     def _decoded(self, epoch: int, sample: int, data: bytes) -> dict[str, Any]:
         """An image as small as its views allow, and what its views are drawn from."""
-        encoded = Encoded(data, self.config.data.max_pixels)
+        encoded = Encoded(data, self.config.data.max_pixels, self.config.data.channels)
         drawn = draw_views(self.config.views, *encoded.size, seed=self.config.run.seed, epoch=epoch, sample=sample)
         pixels, shrunk = encoded.pixels(smallest_shrinkage(drawn))
         facts = {"shape": pixels.shape, "shrunk": shrunk, "size": encoded.size, "epoch": epoch, "sample": sample}

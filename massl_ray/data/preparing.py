@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 from PIL import Image
 
-from massl_ray.data.decode import MAX_PIXELS
+from massl_ray.data.decode import MAX_PIXELS, to_image
 from massl_ray.data.examine import LOOK, Report, look, report, to_table
 from massl_ray.data.listing import Listing
 from massl_ray.data.shards import MANIFEST, Manifest, Shard, write_index, write_shard, write_table
@@ -36,6 +36,7 @@ class Plan:
     max_side: int | None  # pixels that larger images are shrunk to
     shard_mb: int
     max_pixels: int  # of images that are taken
+    channels: int  # that they are decoded to
     rows: int = 0  # images of the source a shard
 
     @property
@@ -46,14 +47,17 @@ class Plan:
         return range(part * self.rows, min((part + 1) * self.rows, self.count))
 
 
-def begin(images: Listing, folder: Folder, max_side: int | None, shard_mb: int, max_pixels: int = MAX_PIXELS) -> Plan | None:
+def begin(
+    images: Listing, folder: Folder, max_side: int | None, shard_mb: int, max_pixels: int = MAX_PIXELS, channels: int = 3
+) -> Plan | None:
     """The plan that an earlier start wrote into the folder, or a new one; None where all is done.
 
     Raises:
         OSError: the folder cannot be read or written.
         UserError: it holds something else.
     """
-    wanted = Plan(**images.identity(), max_side=max_side, shard_mb=shard_mb, max_pixels=max_pixels)  # type: ignore[arg-type]
+    form = {"max_side": max_side, "shard_mb": shard_mb, "max_pixels": max_pixels, "channels": channels}
+    wanted = Plan(**images.identity(), **form)  # type: ignore[arg-type]
     names = [name for name in folder.entries() if name != WORK]
     if MANIFEST in names:
         made = json.loads(folder.read_text(MANIFEST))
@@ -83,10 +87,10 @@ def do_part(images: Listing, folder: Folder, plan: Plan, part: int) -> None:
     """Write a shard of the images that can be read, what was found of all of them, and that it is done."""
     rows, encoded, good = [], [], []
     for sample in plan.samples(part):
-        row, data, image = look(images, sample, plan.max_pixels)
+        row, data, pixels = look(images, sample, plan.max_pixels, plan.channels)
         rows.append(row)
-        if image is not None:
-            encoded.append(shrunk(data, image, plan.max_side, row["format"]))
+        if pixels is not None:
+            encoded.append(shrunk(data, pixels, plan.max_side, row["format"]))
             good.append(sample)
     labels = [None if images.labels is None else int(images.labels[sample]) for sample in good]
     name = f"shard-{part:05d}.arrow"
@@ -116,6 +120,7 @@ def finish(images: Listing, folder: Folder, plan: Plan) -> Report:
         max_side=plan.max_side,
         shard_mb=plan.shard_mb,
         max_pixels=plan.max_pixels,
+        channels=plan.channels,
         count=len(good),
         classes=images.classes,
         mean=tuple(found.mean or ()),
@@ -129,13 +134,21 @@ def finish(images: Listing, folder: Folder, plan: Plan) -> Report:
     return found
 
 
-def shrunk(data: bytes, image: Image.Image, max_side: int | None, kind: str) -> bytes:
+def shrunk(data: bytes, pixels: np.ndarray, max_side: int | None, kind: str) -> bytes:
     """The encoded image as it is, or if a side is longer than `max_side` pixels smaller and encoded anew: what may have been
-    lossy as JPEG of high quality, the rest as PNG."""
-    if max_side is None or max(image.size) <= max_side:
+    lossy as JPEG of high quality, bands that are no colours as an array, the rest as PNG."""
+    height, width, channels = pixels.shape
+    if max_side is None or max(height, width) <= max_side:
         return data
-    image.thumbnail((max_side, max_side), Image.Resampling.LANCZOS)
     buffer = io.BytesIO()
+    if channels not in (1, 3):
+        planes = [to_image(pixels[..., channel, np.newaxis]) for channel in range(channels)]
+        for plane in planes:
+            plane.thumbnail((max_side, max_side), Image.Resampling.LANCZOS)
+        np.save(buffer, np.stack([np.asarray(plane) for plane in planes], axis=2))
+        return buffer.getvalue()
+    image = to_image(pixels)
+    image.thumbnail((max_side, max_side), Image.Resampling.LANCZOS)
     if kind in ("JPEG", "MPO", "WEBP"):
         image.save(buffer, "JPEG", quality=95, subsampling=0)
     else:
@@ -148,9 +161,9 @@ def _rows(images: Listing, plan: Plan) -> int:
     tried = np.unique(np.linspace(0, len(images) - 1, min(TRIED, len(images))).astype(np.int64))
     sizes = []
     for sample in tried:
-        row, data, image = look(images, int(sample), plan.max_pixels)
-        if image is not None:
-            sizes.append(len(shrunk(data, image, plan.max_side, row["format"])))
+        row, data, pixels = look(images, int(sample), plan.max_pixels, plan.channels)
+        if pixels is not None:
+            sizes.append(len(shrunk(data, pixels, plan.max_side, row["format"])))
     return max(1, int(plan.shard_mb * MB / np.mean(sizes))) if sizes else len(images)
 
 

@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -45,10 +45,11 @@ class Manifest:
     max_pixels: int  # of images that were taken
     count: int  # images
     classes: tuple[str, ...]
-    mean: tuple[float, ...]  # red, green, blue, in 0..1
+    mean: tuple[float, ...]  # of the channels, in 0..1
     std: tuple[float, ...]
     index_sha256: str
     shards: tuple[Shard, ...]
+    channels: int = 3  # that they were decoded to
     format: str = FORMAT
 
     def to_json(self) -> str:
@@ -60,7 +61,7 @@ class Manifest:
         values = json.loads(text)
         if not isinstance(values, dict) or values.get("format") != FORMAT:
             raise ValueError(f"its format is not '{FORMAT}'")
-        if missing := {item.name for item in fields(Manifest)} - set(values):
+        if missing := {item.name for item in fields(Manifest) if item.default is MISSING} - set(values):
             raise ValueError(f"it has no {', '.join(sorted(missing))}")
         shards = tuple(Shard(**shard) for shard in values.pop("shards"))
         tuples = {key: tuple(values.pop(key)) for key in ("classes", "mean", "std")}
@@ -109,7 +110,7 @@ def open_shards(folder: Folder, cache_gb: float) -> Listing:
     names = table.column("path").combine_chunks()
     store = Shards(folder, starts, manifest.source, manifest.shards, names, int(cache_gb * GB))
     labels = table.column("label").to_numpy() if manifest.classes else None
-    return Listing(store, labels, manifest.classes)
+    return Listing(store, labels, manifest.classes, mean=manifest.mean, std=manifest.std)
 
 
 def write_shard(folder: Folder, name: str, images: Sequence[bytes], labels: Sequence[int | None], names: Sequence[str]) -> Shard:

@@ -1,17 +1,17 @@
 """Frozen features of a listing's images."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor, nn
 
-from massl_ray.config import Config
-from massl_ray.data.decode import MAX_PIXELS, UNREADABLE, decode
+from massl_ray.config import Config, DataSection
+from massl_ray.data.decode import UNREADABLE, Encoded
 from massl_ray.data.listing import Listing
+from massl_ray.method.resampling import resized
 from massl_ray.method.views import center_view
 
 CHUNK = 256  # images decoded and embedded at once
@@ -37,7 +37,7 @@ def backbone_features(backbone: nn.Module, listing: Listing, config: Config, dev
             torch.inference_mode(),
             torch.autocast(device.type, dtype=torch.bfloat16, enabled=config.train.precision == "bf16"),
         ):
-            for numbers, pixels in _chunks(listing, lambda image: center_view(image, size, share), config.data.max_pixels):
+            for numbers, pixels in _chunks(listing, lambda image: center_view(image, size, share), config.data):
                 normal = (pixels.to(device).float() - mean) / std
                 rows.append(backbone(normal.permute(0, 3, 1, 2)).float().cpu())
                 samples.append(numbers)
@@ -46,13 +46,11 @@ def backbone_features(backbone: nn.Module, listing: Listing, config: Config, dev
     return _features(listing, rows, samples)
 
 
-def pixel_features(listing: Listing, side: int = 32, max_pixels: int = MAX_PIXELS) -> Features:
+def pixel_features(listing: Listing, data: DataSection, side: int = 32) -> Features:
     """The images themselves, shrunk to side x side pixels: what any backbone has to beat."""
 
-    def shrink(image: Image.Image) -> np.ndarray:
-        return np.asarray(image.resize((side, side), Image.Resampling.BICUBIC))
-
-    parts = [(pixels.flatten(1).float(), numbers) for numbers, pixels in _chunks(listing, shrink, max_pixels)]
+    chunks = _chunks(listing, lambda image: resized(image, side), data)
+    parts = [(pixels.flatten(1).float(), numbers) for numbers, pixels in chunks]
     return _features(listing, [rows for rows, _ in parts], [numbers for _, numbers in parts])
 
 
@@ -64,12 +62,12 @@ def _features(listing: Listing, rows: list[Tensor], samples: list[Tensor]) -> Fe
     return Features(torch.cat(rows), places, labels)
 
 
-def _chunks(listing: Listing, view, max_pixels: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Places (n,) and pixels (n, H, W, 3) uint8 of the readable images, a chunk at a time, decoded by a few threads."""
+def _chunks(listing: Listing, view: Callable[[np.ndarray], np.ndarray], data: DataSection) -> Iterator[tuple[Tensor, Tensor]]:
+    """Places (n,) and pixels (n, H, W, C) uint8 of the readable images, a chunk at a time, decoded by a few threads."""
 
     def load(sample: int) -> np.ndarray | None:
         try:
-            return view(decode(listing.read(sample), max_pixels))
+            return view(Encoded(listing.read(sample), data.max_pixels, data.channels).pixels()[0])
         except UNREADABLE:
             return None
 

@@ -43,6 +43,9 @@ class Affine(NamedTuple):
         if self == KEEP:
             return pixels
         keep, gray, offset = self
+        if pixels.shape[2] != 3:  # never comes with gray
+            levels = np.clip(np.rint(keep * np.arange(256) + offset), 0, 255)
+            return cv2.LUT(pixels, levels.astype(np.uint8)).reshape(pixels.shape)
         r, g, b = gray * LUMA[0], gray * LUMA[1], gray * LUMA[2]
         matrix = [[keep + r, g, b, offset], [r, keep + g, b, offset], [r, g, keep + b, offset]]
         return cv2.transform(pixels, np.array(matrix))
@@ -52,10 +55,13 @@ KEEP = Affine()
 
 
 def apply_jitter(pixels: np.ndarray, jitter: Jitter) -> np.ndarray:
-    """`pixels` (h, w, 3) uint8 RGB, jittered."""
+    """`pixels` (h, w, channels) uint8, jittered. Saturation and hue are of red, green and blue only."""
     factors = (jitter.brightness, jitter.contrast, jitter.saturation)
     pending = KEEP
+    coloured = pixels.shape[2] == 3
     for operation in jitter.order:
+        if operation in (SATURATION, HUE) and not coloured:
+            continue
         if operation == HUE:
             pixels, pending = _turn_hue(pending(pixels), jitter.hue), KEEP
         elif factors[operation] != 1:
@@ -72,6 +78,8 @@ def to_gray(pixels: np.ndarray) -> np.ndarray:
 
 
 def _mean_luma(pixels: np.ndarray) -> float:
+    if pixels.shape[2] != 3:
+        return float(pixels.mean())
     return sum(weight * level for weight, level in zip(LUMA, cv2.mean(pixels), strict=False))
 
 

@@ -16,10 +16,10 @@ KEEP = Jitter(brightness=1.0, contrast=1.0, saturation=1.0, hue=0.0, order=(BRIG
 
 
 def device_views(pixels: Tensor, shrunk: Sequence[int], drawn: Sequence[Sequence[ViewParameters]]) -> Tensor:
-    """Views of one side, (B, V, side, side, 3) uint8, on the device of the images.
+    """Views of one side, (B, V, side, side, C) uint8, on the device of the images.
 
     Args:
-        pixels: images (B, 3, H, W), as `padded` makes them.
+        pixels: images (B, C, H, W), as `padded` makes them.
         shrunk: how many times smaller each is than the image that its boxes refer to.
         drawn: V parameters for each image, all of one side.
     """
@@ -31,20 +31,20 @@ def device_views(pixels: Tensor, shrunk: Sequence[int], drawn: Sequence[Sequence
 
 
 def padded(images: Sequence[Tensor], device: torch.device) -> Tensor:
-    """One (B, 3, H, W) float32 of (h, w, 3) uint8 images of any sizes, with zeros right and below."""
+    """One (B, C, H, W) float32 of (h, w, C) uint8 images of any sizes, with zeros right and below."""
     height, width = (max(image.shape[axis] for image in images) for axis in (0, 1))
-    pixels = torch.zeros(len(images), 3, height, width, device=device)
+    pixels = torch.zeros(len(images), images[0].shape[2], height, width, device=device)
     for image, row in zip(images, pixels, strict=True):
         row[:, : image.shape[0], : image.shape[1]] = image.to(device, non_blocking=True).permute(2, 0, 1)
     return pixels
 
 
 def _cut(pixels: Tensor, boxes: Tensor, side: int) -> Tensor:
-    """Boxes (B*V, 4) of images (B, 3, H, W), V of each, resized to (B, V, 3, side, side) levels."""
+    """Boxes (B*V, 4) of images (B, C, H, W), V of each, resized to (B, V, C, side, side) levels."""
     batch, _, height, width = pixels.shape
     across = _bicubic(boxes[:, 0], boxes[:, 2], side, width).view(batch, -1, 1, side, width)
     down = _bicubic(boxes[:, 1], boxes[:, 3], side, height).view(batch, 1, -1, height)
-    rows = (down @ pixels).unflatten(2, (-1, side)).transpose(1, 2)  # (B, V, 3, side, W)
+    rows = (down @ pixels).unflatten(2, (-1, side)).transpose(1, 2)  # (B, V, C, side, W)
     return (rows @ across.mT).round().clamp(0, 255)
 
 
@@ -62,14 +62,15 @@ def _bicubic(low: Tensor, high: Tensor, side: int, length: int) -> Tensor:
 
 
 def _augment(pixels: Tensor, views: Sequence[ViewParameters]) -> Tensor:
-    """Levels (n, 3, side, side), 0..255, in and out; one of `views` for each."""
+    """Levels (n, C, side, side), 0..255, in and out; one of `views` for each."""
 
     def chosen(values: Sequence[float]) -> Tensor:
         return torch.tensor(values, device=pixels.device).view(-1, 1, 1, 1)
 
     pixels = torch.where(chosen([view.flip for view in views]), pixels.flip(-1), pixels)
     pixels = _jitter(pixels, [view.jitter or KEEP for view in views])
-    pixels = torch.where(chosen([view.gray for view in views]), _luma(pixels).round(), pixels)
+    if pixels.shape[1] == 3:
+        pixels = torch.where(chosen([view.gray for view in views]), _luma(pixels).round(), pixels)
     blur = _gaussian(chosen([view.blur_sigma for view in views]), pixels.shape[-1])
     pixels = (blur @ pixels @ blur.mT).round()
     return torch.where(chosen([view.solarize for view in views]) & (pixels >= 128), 255 - pixels, pixels)
@@ -82,6 +83,8 @@ def _jitter(pixels: Tensor, jitters: Sequence[Jitter]) -> Tensor:
         SATURATION: (lambda x, factor: _levels(x * factor + _luma(x) * (1 - factor)), [jitter.saturation for jitter in jitters]),
         HUE: (_turn_hue, [jitter.hue for jitter in jitters]),
     }
+    if pixels.shape[1] != 3:  # the others are of red, green and blue
+        del steps[SATURATION], steps[HUE]
     for turn in range(4):
         for operation, (step, factors) in steps.items():
             rows = [row for row, jitter in enumerate(jitters) if jitter.order[turn] == operation]
@@ -97,7 +100,9 @@ def _levels(pixels: Tensor) -> Tensor:
 
 
 def _luma(pixels: Tensor) -> Tensor:
-    """(n, 1, h, w) of (n, 3, h, w)."""
+    """(n, 1, h, w) of (n, C, h, w): the mean where the channels are no colours."""
+    if pixels.shape[1] != 3:
+        return pixels.mean(1, keepdim=True)
     return (pixels * torch.tensor(LUMA, device=pixels.device).view(-1, 1, 1)).sum(1, keepdim=True)
 
 

@@ -67,7 +67,7 @@ class Encoder(nn.Module):
         """Embed groups of views, one group a resolution.
 
         Args:
-            views: tensors (n_i, 3, H_i, W_i), normalized.
+            views: tensors (n_i, C, H_i, W_i), normalized.
             drop_path: uniform draws (layers, sum of n_i), or None for no stochastic depth.
         Returns:
             (sum of n_i, D) unit rows, in the order of the groups.
@@ -90,19 +90,19 @@ def build_encoder(config: Config, *, drop_path: float = 0.0) -> Encoder:
     """A fresh encoder, a pure function of (configuration, run.seed)."""
     with torch.random.fork_rng(devices=[]):  # timm initializes from the global generator: lend it ours and take it back
         torch.manual_seed(seed_for(Stream.WEIGHTS, config.run.seed))
-        backbone = build_backbone(config.model, config.views.global_size, drop_path)
+        backbone = build_backbone(config.model, config.views.global_size, drop_path, config.data.channels)
         head = Head(backbone.num_features, config.head)  # type: ignore[arg-type]
     return Encoder(backbone, head)
 
 
-def build_backbone(config: ModelSection, image_size: int, drop_path: float = 0.0) -> nn.Module:
+def build_backbone(config: ModelSection, image_size: int, drop_path: float = 0.0, channels: int = 3) -> nn.Module:
     """Any timm model without its classifier; transformers are made for `image_size` and take any other.
 
     Raises:
         UserError: unknown name (with the nearest ones), unreadable weights, or stochastic depth where the model has none.
     """
     check_name(config.backbone)
-    arguments: dict[str, Any] = {"num_classes": 0, "pretrained": config.init == "pretrained"}
+    arguments: dict[str, Any] = {"num_classes": 0, "pretrained": config.init == "pretrained", "in_chans": channels}
     if drop_path:
         arguments["drop_path_rate"] = drop_path
     any_size = {"img_size": image_size, "dynamic_img_size": True, "dynamic_img_pad": True}
@@ -133,11 +133,11 @@ def check_backbone(config: Config) -> None:
     check_name(config.model.backbone)
     plain = config.model.model_copy(update={"init": "random"})
     with torch.device("meta"), torch.no_grad():
-        backbone = build_backbone(plain, config.views.global_size, config.model.drop_path).eval()
+        backbone = build_backbone(plain, config.views.global_size, config.model.drop_path, config.data.channels).eval()
         for key in ("global_size", "local_size")[: 2 if config.views.num_local else 1]:
             side = getattr(config.views, key)
             try:
-                backbone(torch.empty(2, 3, side, side))
+                backbone(torch.empty(2, config.data.channels, side, side))
             except (AssertionError, RuntimeError, ValueError) as error:
                 reason = " ".join(str(error).split())
                 raise UserError(f"model.backbone {config.model.backbone} does not take views.{key} {side}: {reason}") from None

@@ -9,6 +9,7 @@ from functools import lru_cache
 
 import cv2
 import numpy as np
+from PIL import Image
 
 Box = tuple[float, float, float, float]
 
@@ -20,26 +21,34 @@ class Pyramid:
     """An image and halves of it, each made when it is first asked for.
 
     Args:
-        pixels: (h, w, 3) uint8.
+        pixels: (h, w, channels) uint8.
         shrink: how many times smaller `pixels` is than the image that boxes refer to.
     """
 
     def __init__(self, pixels: np.ndarray, shrink: int = 1):
-        self.levels, self.shrink = [pixels], shrink
+        self.levels, self.shrink, self.channels = [pixels], shrink, pixels.shape[2]
 
     def cut(self, box: Box, side: int) -> np.ndarray:
-        """`box` (left, top, right, bottom) of the image, resized to (side, side, 3)."""
+        """`box` (left, top, right, bottom) of the image, resized to (side, side, channels)."""
         halvings = int(math.log2(max(1, shrinkage(box, side) // self.shrink)))
         while len(self.levels) <= halvings:
             self.levels.append(_half(self.levels[-1]))
         scale = self.shrink * 2**halvings
-        return _resize(self.levels[halvings], tuple(edge / scale for edge in box), side)  # type: ignore[arg-type]
+        cut = _resize(self.levels[halvings], tuple(edge / scale for edge in box), side)  # type: ignore[arg-type]
+        return cut.reshape(side, side, self.channels)  # OpenCV drops the axis of a single one
 
 
 def shrinkage(box: Box, side: int) -> int:
     """The power of two by which the image may be smaller and `box` still be cut to `side` pixels without visible loss."""
     shortest = min(box[2] - box[0], box[3] - box[1])
     return 2 ** max(0, math.floor(math.log2(max(shortest, 1) / (KEPT * side))))
+
+
+def resized(pixels: np.ndarray, side: int, box: Box | None = None) -> np.ndarray:
+    """All or a box of (h, w, channels), resized to (side, side, channels) by Pillow's antialiased bicubic filter."""
+    planes = [pixels] if pixels.shape[2] == 3 else np.moveaxis(pixels, 2, 0)
+    made = [np.asarray(Image.fromarray(plane).resize((side, side), Image.Resampling.BICUBIC, box=box)) for plane in planes]
+    return made[0] if pixels.shape[2] == 3 else np.stack(made, axis=2)
 
 
 def _resize(pixels: np.ndarray, box: Box, side: int) -> np.ndarray:

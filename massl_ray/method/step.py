@@ -31,10 +31,10 @@ class State:
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """Views of b images, uint8 in RGB, channels last."""
+    """Views of b images, uint8, channels last."""
 
-    global_views: Tensor  # (b, 2, H, W, 3)
-    local_views: Tensor  # (b, V-2, h, w, 3); V-2 may be 0
+    global_views: Tensor  # (b, 2, H, W, C)
+    local_views: Tensor  # (b, V-2, h, w, C); V-2 may be 0
     drop_path: Tensor | None  # uniform draws (layers, V*b), or None
 
 
@@ -51,8 +51,8 @@ class Batch:
 class StepSettings:
     """What stays the same from step to step."""
 
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
+    mean: tuple[float, ...]  # of the C channels, in 0..1
+    std: tuple[float, ...]
     block_size: int
     student_temp: float
     koleo_weight: float
@@ -145,7 +145,7 @@ def train_step(state: State, batch: Batch, schedule: Schedule, settings: StepSet
 
 
 def prepare_views(micro: MicroBatch, settings: StepSettings) -> list[Tensor]:
-    """Normalize on the device: one tensor (n*b, 3, H, W) a resolution, view-major, channels last in memory."""
+    """Normalize on the device: one tensor (n*b, C, H, W) a resolution, view-major, channels last in memory."""
     mean = (torch.tensor(settings.mean, dtype=settings.dtype) * 255).to(settings.device, non_blocking=True)
     scale = (1.0 / (torch.tensor(settings.std, dtype=settings.dtype) * 255)).to(settings.device, non_blocking=True)
     groups = []

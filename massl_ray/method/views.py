@@ -12,12 +12,11 @@ from itertools import permutations
 import cv2
 import numpy as np
 from numpy.typing import ArrayLike
-from PIL import Image
 
 from massl_ray.config import ViewsSection
 from massl_ray.keyed import Stream, generator
 from massl_ray.method.colour import Jitter, apply_jitter, to_gray
-from massl_ray.method.resampling import Box, Pyramid, shrinkage
+from massl_ray.method.resampling import Box, Pyramid, resized, shrinkage
 
 ORDERS = tuple(permutations(range(4)))
 TRIES = 10  # at a box that fits the image
@@ -52,42 +51,45 @@ def smallest_shrinkage(drawn: list[ViewParameters]) -> int:
 
 
 def apply_view(image: Pyramid, view: ViewParameters) -> np.ndarray:
-    """Cut and augment: (side, side, 3) uint8, RGB."""
+    """Cut and augment: (side, side, channels) uint8. What is of colours happens to red, green and blue only."""
     pixels = image.cut(view.box, view.side)
+    shape, gray = pixels.shape, view.gray and image.channels == 3
     if view.flip:
-        pixels = cv2.flip(pixels, 1)
+        pixels = cv2.flip(pixels, 1).reshape(shape)
     if view.jitter:
         pixels = apply_jitter(pixels, view.jitter)
-    if view.gray:
+    if gray:
         pixels = to_gray(pixels)  # one channel until the end
     if view.blur_sigma:
         pixels = _blur(pixels, view.blur_sigma)
     if view.solarize:
         pixels = np.minimum(pixels, 255 - pixels)  # inverts what is 128 or more
-    return cv2.cvtColor(pixels, cv2.COLOR_GRAY2RGB) if view.gray else pixels
+    return cv2.cvtColor(pixels, cv2.COLOR_GRAY2RGB) if gray else pixels.reshape(shape)
 
 
 def apply_views(image: Pyramid, drawn: list[ViewParameters], config: ViewsSection) -> tuple[np.ndarray, np.ndarray]:
-    """All views of one image, uint8: global (2, H, W, 3) and local (num_local, h, w, 3)."""
+    """All views of one image, uint8: global (2, H, W, channels) and local (num_local, h, w, channels)."""
     global_views = np.stack([apply_view(image, view) for view in drawn[:2]])
     if not config.num_local:
-        return global_views, np.empty((0, config.local_size, config.local_size, 3), np.uint8)
+        return global_views, np.empty((0, config.local_size, config.local_size, image.channels), np.uint8)
     return global_views, np.stack([apply_view(image, view) for view in drawn[2:]])
 
 
 def make_views(image: ArrayLike, config: ViewsSection, *, seed: int, epoch: int, sample: int) -> tuple[np.ndarray, np.ndarray]:
-    """Draw and apply all views of one decoded image, (h, w, 3) uint8 or a Pillow image in mode RGB."""
+    """Draw and apply all views of one decoded image, (h, w, channels) uint8 or a Pillow image in mode RGB."""
     pixels = np.asarray(image)
     drawn = draw_views(config, pixels.shape[1], pixels.shape[0], seed=seed, epoch=epoch, sample=sample)
     return apply_views(Pyramid(pixels), drawn, config)
 
 
-def center_view(image: Image.Image, side: int, share: float) -> np.ndarray:
-    """The view for evaluation, (side, side, 3) uint8: the centred square over `share` of the shorter side, resized."""
-    width, height = image.size
+def center_view(image: ArrayLike, side: int, share: float) -> np.ndarray:
+    """The view for evaluation, (side, side, channels) uint8, of (h, w, channels): the centred square over `share` of the shorter
+    side, resized."""
+    pixels = np.asarray(image)
+    height, width, _ = pixels.shape
     cut = min(width, height) * share
     left, top = (width - cut) / 2, (height - cut) / 2
-    return np.asarray(image.resize((side, side), Image.Resampling.BICUBIC, box=(left, top, left + cut, top + cut)))
+    return resized(pixels, side, (left, top, left + cut, top + cut))
 
 
 def _draws(seed: int, epoch: int, sample: int, views: int) -> list[list[float]]:

@@ -82,8 +82,8 @@ def _row_bytes(run: Run) -> int:
     """About what an image's row of the dataset takes."""
     config = run.config.views
     if config.device != "cpu":
-        return 3 * 2**20  # decoded, a megapixel
-    return 3 * (2 * config.global_size**2 + config.num_local * config.local_size**2)
+        return run.config.data.channels * 2**20  # decoded, a megapixel
+    return run.config.data.channels * (2 * config.global_size**2 + config.num_local * config.local_size**2)
 
 
 def _dataset(make: Any, rows: int, task_rows: int, tasks: int, ahead_bytes: int) -> ray.data.Dataset:
@@ -136,6 +136,6 @@ def _views_on_device(rows: dict[str, np.ndarray], run: Run, device: torch.device
         batch = padded(images, device)
         groups[0].append(device_views(batch, part["shrunk"], [views[:2] for views in drawn]))
         side = config.local_size
-        empty = torch.empty(len(images), 0, side, side, 3, dtype=torch.uint8, device=device)
+        empty = torch.empty(len(images), 0, side, side, run.config.data.channels, dtype=torch.uint8, device=device)
         groups[1].append(device_views(batch, part["shrunk"], [views[2:] for views in drawn]) if config.num_local else empty)
     return torch.cat(groups[0]), torch.cat(groups[1])

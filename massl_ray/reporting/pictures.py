@@ -11,13 +11,22 @@ SIDE = 96  # pixels of a tile
 
 
 def view_grid(global_views: np.ndarray, local_views: np.ndarray) -> np.ndarray:
-    """One row an image: its global views (n, 2, H, W, 3), then its local ones (n, m, h, w, 3), all at one height. uint8 RGB."""
+    """One row an image: its global views (n, 2, H, W, C), then its local ones (n, m, h, w, C), all at one height; uint8 RGB."""
     rows = []
     for image in range(len(global_views)):
         views = [*global_views[image], *local_views[image]]
-        tiles = [np.asarray(Image.fromarray(view).resize((SIDE, SIDE), Image.Resampling.BICUBIC)) for view in views]
+        tiles = [np.asarray(shown(view).resize((SIDE, SIDE), Image.Resampling.BICUBIC)) for view in views]
         rows.append(np.concatenate([_framed(tile) for tile in tiles], axis=1))
     return np.concatenate(rows)
+
+
+def shown(pixels: np.ndarray) -> Image.Image:
+    """(h, w, C) as people can see it: gray, colours, or the first three bands as if they were."""
+    bands = pixels[..., :3]
+    if bands.shape[2] == 1:
+        bands = np.repeat(bands, 3, axis=2)
+    missing = 3 - bands.shape[2]
+    return Image.fromarray(np.ascontiguousarray(np.pad(bands, ((0, 0), (0, 0), (0, missing)))))
 
 
 def save_png(path: Path, pixels: np.ndarray) -> None:

@@ -119,8 +119,7 @@ class Reporter(Silent):
             bank = backbone_features(state.teacher.backbone, run.bank, run.config, device)
             queries = backbone_features(state.teacher.backbone, run.queries, run.config, device)
             if step == 0:
-                limit = run.config.data.max_pixels
-                self._knn("pixels", step, *(pixel_features(part, max_pixels=limit) for part in (run.bank, run.queries)))
+                self._knn("pixels", step, *(pixel_features(part, run.config.data) for part in (run.bank, run.queries)))
             accuracy = self._knn("untrained" if step == 0 else f"step_{step}", step, bank, queries)
             self.top1 = None if accuracy is None else (step, accuracy)
         if step == run.resolved.steps:

@@ -24,8 +24,8 @@ from massl_ray.training.wish import Wish
 class Views:
     """This worker's share of one step, in batch order: uint8, channels last."""
 
-    global_views: Tensor  # (b, 2, H, W, 3)
-    local_views: Tensor  # (b, V-2, h, w, 3)
+    global_views: Tensor  # (b, 2, H, W, C)
+    local_views: Tensor  # (b, V-2, h, w, C)
     skipped: list[str]  # "path: reason" of images that could not be read
 
 

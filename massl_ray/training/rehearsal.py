@@ -16,11 +16,11 @@ from massl_ray.training.state import step_settings
 def rehearse(run: Run, state: State, collectives: Local | Distributed) -> float:
     """Estimated seconds a step: one micro-batch of black images through student, its backward and the teacher, timed the
     second time. The state is as before afterwards."""
-    config, size = run.config, run.resolved.micro_batch_size
+    config, size, channels = run.config, run.resolved.micro_batch_size, run.config.data.channels
     settings = step_settings(config, run.resolved, state.memory.rows.device)
     views = MicroBatch(
-        torch.zeros(size, 2, config.views.global_size, config.views.global_size, 3, dtype=torch.uint8),
-        torch.zeros(size, config.views.num_local, config.views.local_size, config.views.local_size, 3, dtype=torch.uint8),
+        torch.zeros(size, 2, config.views.global_size, config.views.global_size, channels, dtype=torch.uint8),
+        torch.zeros(size, config.views.num_local, config.views.local_size, config.views.local_size, channels, dtype=torch.uint8),
         None,
     )
     groups = prepare_views(views, settings)

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from massl_ray.config import Config, Resolved, decided_as, fill, keys, parse_toml, resolve, to_toml, validate
+from massl_ray.config import IMAGENET_GRAY, Config, Resolved, decided_as, fill, keys, parse_toml, resolve, to_toml, validate
 from massl_ray.data.demo import cache_folder
 from massl_ray.data.listing import Listing
 from massl_ray.data.order import Windows
@@ -79,7 +79,8 @@ def prepare_run(config: Config) -> Run:
         config = decided_as(earlier, config)
     images = open_source(config.data.source, cache_gb=config.data.cache_gb)
     images = _windowed(images, config.data.window)
-    probe(images, config.data.max_skipped, config.data.max_pixels)
+    probe(images, config.data.max_skipped, config.data.max_pixels, config.data.channels)
+    config = _normalized(config, images)
     resolved = resolve(config, len(images))
     filled = fill(config, resolved)
     bank, queries = _knn_sides(config, images)
@@ -195,6 +196,21 @@ def _windowed(images: Listing, width: int) -> Listing:
             f"data.window is {width} shards, but every image in {images.root} is a file: leave it out, or massl-ray prepare them."
         )
     return replace(images, windows=Windows(images.store.starts, width))
+
+
+def _normalized(config: Config, images: Listing) -> Config:
+    """With data.mean and data.std where they were left empty."""
+    data = config.data
+    found = {"mean": images.mean, "std": images.std} if len(images.mean) == data.channels else {}
+    if not found and data.channels == 1:
+        found = IMAGENET_GRAY
+    missing = [key for key in ("mean", "std") if not getattr(data, key)]
+    if missing and not found:
+        raise UserError(
+            f"data.{missing[0]} is not known for {data.channels} channels: give {data.channels} values, or run massl-ray prepare "
+            f"--channels {data.channels}, which measures them, and train on what it writes."
+        )
+    return config.model_copy(update={"data": data.model_copy(update={key: found[key] for key in missing})}) if missing else config
 
 
 def _knn_sides(config: Config, images: Listing) -> tuple[Listing | None, Listing | None]:
