@@ -1,6 +1,19 @@
 """Scripts of what happens to a run, played against events that are invented."""
 
+import os
+import subprocess
+import sys
+
+import pytest
+
 from massl_ray.on_ray.practice import Scenario
+
+ADDRESS = """
+from massl_ray.on_ray.practice import practice_cluster
+with practice_cluster(1) as cluster:
+    import ray
+    assert len(cluster.machines) == 1 and ray.cluster_resources()["CPU"] == 1
+"""
 
 
 def progress(step: int, life: int = 1) -> dict:
@@ -31,3 +44,18 @@ def test_a_script_waits_for_steps_and_transitions():
     assert scenario.over and happened[2:] == [("grown", 2)]
     scenario.meet(progress(9))  # nothing is left to happen
     assert scenario.step == 8
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.parametrize("address", [None, "10.0.0.1:6379"], ids=["no Ray before", "beside another Ray"])
+def test_nobody_elses_address_is_touched(tmp_path, address):
+    """Where nothing of Ray's lies yet, and where the address of somebody's cluster does. In a process that has no Ray yet."""
+    known = tmp_path / "ray" / "ray_current_cluster"
+    if address:
+        known.parent.mkdir()
+        known.write_text(address)
+    environment = os.environ | {"RAY_TMPDIR": str(tmp_path), "RAY_AUTH_MODE": "disabled"}
+    done = subprocess.run([sys.executable, "-c", ADDRESS], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert (known.read_text() if known.exists() else None) == address

@@ -83,18 +83,19 @@ class PracticeCluster:
             self.placed = {rank: place for rank, place in self.placed.items() if rank < event["world_size"]}
 
     def close(self) -> None:
-        ray.shutdown()
-        self.cluster.shutdown()
+        with _address_file_in(self.scratch.name):
+            ray.shutdown()
+            self.cluster.shutdown()
         self.scratch.cleanup()
 
 
 @contextmanager
 def _address_file_in(folder: str) -> Iterator[None]:
-    """Cluster writes down where it is for whoever comes next, in a directory that may not exist, over the address of a cluster
-    that may: let it do so in a `folder` of its own."""
+    """Cluster writes down where it is, in a directory that may not exist, over the address of a cluster that may, and takes it away
+    in the end: let it do so in a `folder` of its own."""
     before = os.environ.get("RAY_TMPDIR")
     os.environ["RAY_TMPDIR"] = folder
-    os.makedirs(os.path.join(folder, "ray"))
+    os.makedirs(os.path.join(folder, "ray"), exist_ok=True)
     try:
         yield
     finally:
