@@ -27,6 +27,7 @@ def test_tasks_unpickle_it_without_torch():
 def test_datasets_have_it(ray_cluster):
     from massl_ray.on_ray.ingest import _dataset
 
-    context = _dataset(lambda rows: rows, 4, 1, 1, 2**20).context
+    context = _dataset(lambda rows: rows, 4, 2, 3, 5, 2**20).context
     assert Pace in context.custom_execution_callback_classes
-    assert context.execution_options.resource_limits.object_store_memory == 2**20
+    assert context.execution_options.resource_limits.object_store_memory == (5 + 2 * 3 * 2) * 2**20
+    assert context.target_max_block_size == 2 * 2 * 2**20

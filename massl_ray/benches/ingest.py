@@ -37,7 +37,7 @@ from massl_ray.training.run import Run, prepare_run
 from massl_ray.training.state import build_state, step_settings
 
 PHOTOGRAPHS, BATCH = 512, 64
-FILL, BATCHES = 4, 12  # of a stream: to fill its pipes, to time
+FILL, BATCHES = 4, 32  # of a stream: to fill its pipes, to time
 FILL_STEPS, STEPS = 5, 30  # of the demo
 CORES = len(os.sched_getaffinity(0))
 CPU = torch.device("cpu")

@@ -4,7 +4,7 @@ import time
 
 from ray.data._internal.execution.execution_callback import ExecutionCallback
 
-PACE_S = 0.02  # between two looks
+PACE_S = 0.05  # between two looks
 
 
 class Pace(ExecutionCallback):
