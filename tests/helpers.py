@@ -11,6 +11,7 @@ import numpy as np
 from PIL import Image
 
 from massl_ray.config import load
+from massl_ray.data.decode import MAX_PIXELS, Encoded
 from massl_ray.data.files import files
 from massl_ray.data.listing import Listing
 from massl_ray.storage import Folder
@@ -28,6 +29,15 @@ def _photograph() -> Image.Image:
 def photograph(width: int = 160, height: int = 120) -> Image.Image:
     """A colourful photograph, RGB, of the given size."""
     return _photograph().resize((width, height), Image.Resampling.BICUBIC)
+
+
+def decode(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """An image at full size, in mode RGB."""
+    return Image.fromarray(Encoded(data, max_pixels).pixels()[0])
+
+
+def read(path: str) -> Image.Image:
+    return decode(Path(path).read_bytes())
 
 
 def smooth(width: int = 24, height: int = 16) -> np.ndarray:

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from PIL import ExifTags, Image, ImageOps
 
 from massl_ray.data import decode as module
-from massl_ray.data.decode import UNREADABLE, Encoded, decode, read, reason
-from tests.helpers import encoded, photograph, smooth
+from massl_ray.data.decode import UNREADABLE, Encoded, reason
+from tests.helpers import decode, encoded, photograph, read, smooth
 
 SHOTS = {kind: encoded(Image.fromarray(smooth()), kind) for kind in ("JPEG", "PNG", "WebP", "TIFF", "BMP", "GIF")}
 

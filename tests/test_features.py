@@ -7,12 +7,12 @@ from PIL import Image
 from torch import Tensor, nn
 
 from massl_ray.config import Config, DataSection, validate
-from massl_ray.data.decode import read
 from massl_ray.data.listing import Listing
 from massl_ray.data.sources import open_source
 from massl_ray.evaluation import features as module
 from massl_ray.evaluation.features import backbone_features, pixel_features
 from massl_ray.method.views import center_view
+from tests.helpers import read
 
 CPU = torch.device("cpu")
 

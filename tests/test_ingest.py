@@ -5,12 +5,12 @@ import pytest
 import torch
 
 from massl_ray.config import load
-from massl_ray.data.decode import decode, read
 from massl_ray.data.making import first_readable
 from massl_ray.data.order import Windows, samples_at, step_positions
 from massl_ray.method.views import make_views
 from massl_ray.on_ray.ingest import start_now, stream_views
 from massl_ray.training.run import prepare_run
+from tests.helpers import decode, read
 from tests.images import TINY
 from tests.sources import encoded_images, write_parquet
 

@@ -8,13 +8,13 @@ import pytest
 import torch
 
 from massl_ray.config import load
-from massl_ray.data.decode import read
 from massl_ray.data.order import samples_at, step_positions
 from massl_ray.method.views import make_views
 from massl_ray.training.collectives import Local
 from massl_ray.training.loop import Views, Wish, train
 from massl_ray.training.run import Run, prepare_run
 from massl_ray.training.state import build_state, from_tensors, state_sha256, to_tensors
+from tests.helpers import read
 from tests.images import TINY
 
 

@@ -8,11 +8,11 @@ import pytest
 from PIL import Image
 
 from massl_ray.config import ViewsSection, load
-from massl_ray.data.decode import Encoded, decode
+from massl_ray.data.decode import Encoded
 from massl_ray.data.making import ViewMaker, first_readable, views_of
 from massl_ray.data.sources import open_source
 from massl_ray.method.views import draw_views, make_views, smallest_shrinkage
-from tests.helpers import encoded, make_images, photograph
+from tests.helpers import decode, encoded, make_images, photograph
 from tests.images import TINY
 
 KEY = {"seed": 1, "epoch": 2, "sample": 3}

@@ -94,6 +94,19 @@ def test_what_is_done_is_done(source, folder):
     assert begin(source, folder, None, 1) is None
 
 
+def test_what_was_done_before_there_were_channels(source, folder):
+    """A plan and a manifest of an earlier version do not name them."""
+    prepare(source, folder, stop_after=1)
+    plan = json.loads((folder / WORK).read_text("plan.json"))
+    assert plan.pop("channels") == 3
+    (folder / WORK).write_text("plan.json", json.dumps(plan))
+    prepare(source, folder)
+    manifest = json.loads(folder.read_text("manifest.json"))
+    assert manifest.pop("channels") == 3
+    folder.write_text("manifest.json", json.dumps(manifest))
+    assert begin(source, folder, None, 1) is None and len(open_source(str(folder))) == len(source) - 1  # one is broken
+
+
 def test_another_source_or_another_way_is_refused(source, folder):
     prepare(source, folder, stop_after=1)
     for finished in (False, True):

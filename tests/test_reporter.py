@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from massl_ray.config import DataSection, keys
-from massl_ray.data.decode import read
 from massl_ray.data.order import samples_at, step_positions
 from massl_ray.evaluation.features import backbone_features, pixel_features
 from massl_ray.evaluation.neighbours import nearest_neighbours
@@ -21,7 +20,7 @@ from massl_ray.training.collectives import Local
 from massl_ray.training.loop import Views, Wish, train
 from massl_ray.training.run import Run
 from massl_ray.training.state import build_state, state_sha256, to_tensors
-from tests.helpers import make_images, metrics_line, tiny_run
+from tests.helpers import make_images, metrics_line, read, tiny_run
 from tests.images import write_images
 
 CPU = torch.device("cpu")

@@ -17,14 +17,13 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from massl_ray.data import files, sources
-from massl_ray.data.decode import decode
 from massl_ray.data.files import SUFFIXES, by_folder
 from massl_ray.data.listing import Listing
 from massl_ray.data.making import first_readable
 from massl_ray.data.sources import fault, hold_out, open_source, probe
 from massl_ray.errors import UserError
 from massl_ray.storage import Folder
-from tests.helpers import encoded, listed, make_images, names
+from tests.helpers import decode, encoded, listed, make_images, names
 from tests.sources import KINDS, encoded_images, write_list, write_parquet, write_tar
 from tests.storages import in_memory, on_s3, s3_server
 

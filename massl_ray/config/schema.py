@@ -57,7 +57,9 @@ class DataSection(Section):
 
     @model_validator(mode="before")
     @classmethod
-    def _imagenet(cls, given: dict[str, Any]) -> dict[str, Any]:
+    def _imagenet(cls, given: Any) -> Any:
+        if not isinstance(given, dict):  # which is refused in a moment
+            return given
         empty = [key for key in IMAGENET if not given.get(key)]
         return given | {key: IMAGENET[key] for key in empty} if given.get("channels", 3) in (3, "3") else given
 

@@ -102,17 +102,6 @@ class Encoded:
             return None
 
 
-def decode(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """Decode an image at full size to mode RGB, as `Encoded` does. Raises one of UNREADABLE."""
-    return Image.fromarray(Encoded(data, max_pixels).pixels()[0])
-
-
-def read(path: str, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """Read and decode one file. Raises one of UNREADABLE."""
-    with open(path, "rb") as file:
-        return decode(file.read(), max_pixels)
-
-
 @contextmanager
 def _unreadable() -> Iterator[None]:
     try:

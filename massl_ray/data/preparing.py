@@ -36,7 +36,7 @@ class Plan:
     max_side: int | None  # pixels that larger images are shrunk to
     shard_mb: int
     max_pixels: int  # of images that are taken
-    channels: int  # that they are decoded to
+    channels: int = 3  # that they are decoded to
     rows: int = 0  # images of the source a shard
 
     @property
@@ -60,7 +60,7 @@ def begin(
     wanted = Plan(**images.identity(), **form)  # type: ignore[arg-type]
     names = [name for name in folder.entries() if name != WORK]
     if MANIFEST in names:
-        made = json.loads(folder.read_text(MANIFEST))
+        made = {"channels": 3} | json.loads(folder.read_text(MANIFEST))  # the first ones did not say
         if all(made.get(key) == value for key, value in asdict(wanted).items() if key not in ("rows", "count")):
             return None
     elif (folder / WORK).kind(PLAN):

@@ -13,6 +13,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from massl_ray.config import DataSection
 from massl_ray.data.decode import UNREADABLE, Encoded
 from massl_ray.reporting.pictures import png_bytes, shown, thumbnail
 from massl_ray.reporting.summary import read_knn, read_metrics
@@ -41,7 +42,7 @@ def write_report(run_dir: Path) -> Path:
         _head(run_dir, config, lines, knn),
         _charts(config, lines, knn),
         _views(run_dir, config),
-        _neighbours(run_dir, config["data"]),
+        _neighbours(run_dir, DataSection.model_validate(config["data"])),
         _settings(config),
     ]
     head = "<meta charset='utf-8'><meta name='viewport' content='width=device-width'>"
@@ -153,7 +154,7 @@ def _views(run_dir: Path, config: dict[str, Any]) -> str:
     return f"<h2>Views of the first batch</h2><p class='note'>{note}</p>{picture}"
 
 
-def _neighbours(run_dir: Path, data: dict[str, Any]) -> str:
+def _neighbours(run_dir: Path, data: DataSection) -> str:
     path = run_dir / "eval" / "neighbours.json"
     if not path.exists():
         return ""
@@ -172,9 +173,9 @@ def _neighbours(run_dir: Path, data: dict[str, Any]) -> str:
     return f"<h2>Nearest neighbours</h2><p class='note'>{note}</p><table class='near'>{rows}</table>"
 
 
-def _picture(path: str, caption: str, data: dict[str, Any]) -> str:
+def _picture(path: str, caption: str, data: DataSection) -> str:
     try:
-        pixels, _ = Encoded(Path(path).read_bytes(), data["max_pixels"], data["channels"]).pixels()
+        pixels, _ = Encoded(Path(path).read_bytes(), data.max_pixels, data.channels).pixels()
         source = _data_url("image/png", png_bytes(thumbnail(shown(pixels))))
     except UNREADABLE:
         return f"{caption} (gone)"
