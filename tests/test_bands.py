@@ -84,7 +84,7 @@ def test_pictures_of_other_than_three_channels():
         (npy(BANDS[0, 0]), r"its shape is \(5,\)"),
         (npy(BANDS[:0]), "its shape is"),
         (tiff(BANDS[..., :4], photometric="minisblack"), "its shape is"),
-        (encoded(photograph(8, 8), "PNG"), r"it has 3 channels \(RGB\), not the 5 of data.channels"),
+        (encoded(photograph(8, 8), "PNG"), "its channels are R, G, B, and data.channels is 5"),
         (npy(BANDS)[:100], "."),
         (npy(BANDS)[:-1], "."),
         (tiff(BANDS, photometric="minisblack")[:120], "."),

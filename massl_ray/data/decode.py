@@ -134,5 +134,5 @@ def _to_channels(image: Image.Image, channels: int) -> np.ndarray:
     if image.mode == "P":
         image = image.convert("RGBA" if "transparency" in image.info else "RGB")
     if len(image.getbands()) != channels:
-        raise ValueError(f"it has {len(image.getbands())} channels ({image.mode}), not the {channels} of data.channels")
+        raise ValueError(f"its channels are {', '.join(image.getbands())}, and data.channels is {channels}")
     return as_pixels(image)
