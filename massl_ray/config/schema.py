@@ -68,8 +68,8 @@ class DataSection(Section):
         for key, values in (("mean", self.mean), ("std", self.std)):
             if values and len(values) != self.channels:
                 raise ValueError(
-                    f"data.{key} has {len(values)} values (a preset's, if you gave none), data.channels is {self.channels}: give one "
-                    "for each channel"
+                    f"data.{key} has {len(values)} values (a preset's, if you gave none), data.channels is {self.channels}: "
+                    "give one for each channel"
                 )
         return self
 
