@@ -4,7 +4,7 @@ import pytest
 import ray
 
 from massl_ray.config import load
-from massl_ray.on_ray.layout import Layout, data_tasks, fitting, free_seats, plan_layout
+from massl_ray.on_ray.layout import DataTasks, Layout, data_tasks, fitting, free_seats, plan_layout
 from massl_ray.on_ray.place import Seat
 
 
@@ -112,15 +112,20 @@ def test_free_seats_are_on_machines_without_any():
 
 
 @pytest.mark.parametrize(
-    ("resources", "world_size", "cpus", "tasks"),
+    ("machines", "most", "world_size", "reserved", "tasks"),
     [
-        ({"CPU": 12.0}, 1, 0.75, 11),
-        ({"CPU": 12.0}, 3, 0.75, 3),
-        ({"CPU": 16.0}, 2, 3.0, 5),
-        ({"CPU": 2.0}, 2, 0.75, 1),  # never none
-        ({}, 1, 0.75, 1),
+        ([12.0], 8, 1, 0.75, DataTasks(11, 1.0)),
+        ([12.0], 8, 3, 0.75, DataTasks(3, 1.0)),
+        ([16.0], 2, 2, 3.0, DataTasks(5, 1.0)),
+        ([2.0], 1, 1, 0.75, DataTasks(1, 1.0)),
+        ([2.0], 2, 2, 0.75, DataTasks(1, 0.25)),  # never none, and what two workers leave is half a CPU
+        ([1.0, 1.0], 8, 2, 0.75, DataTasks(1, 0.25)),
+        ([8.0, 1.0], 8, 2, 0.75, DataTasks(4, 0.25)),  # the small one too makes views
+        ([2.0, 0.5], 1, 1, 0.75, DataTasks(1, 1.0)),  # holds no worker and no task
+        ([], 8, 1, 0.75, DataTasks(1, 0.25)),
     ],
 )
-def test_data_tasks(monkeypatch, resources, world_size, cpus, tasks):
-    monkeypatch.setattr(ray, "cluster_resources", lambda: resources)
-    assert data_tasks(Layout(1, 8, False, {"CPU": cpus}), world_size) == tasks
+def test_data_tasks(monkeypatch, machines, most, world_size, reserved, tasks):
+    nodes = [{"Alive": True, "Resources": {"CPU": cpus}} for cpus in machines]
+    monkeypatch.setattr(ray, "nodes", lambda: [*nodes, {"Alive": False, "Resources": {"CPU": 64.0}}])
+    assert data_tasks(Layout(1, most, False, {"CPU": reserved}), world_size) == tasks

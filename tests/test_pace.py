@@ -9,11 +9,40 @@ from massl_ray.on_ray import pace
 from massl_ray.on_ray.pace import Pace
 
 
-def test_it_rests_once_a_look(monkeypatch):
-    naps: list[float] = []
-    monkeypatch.setattr(pace.time, "sleep", naps.append)
-    Pace().on_execution_step(None)
-    assert naps == [pace.PACE_S] and 0.005 <= pace.PACE_S <= 0.05
+class Executor:
+    def __init__(self, idle: bool):
+        self._consumer_idling = lambda: idle
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """Time that only naps, and whoever sets it, let pass."""
+
+    class Clock:
+        now, naps = 1000.0, ()
+
+        def sleep(self, seconds: float) -> None:
+            self.now, self.naps = self.now + seconds, (*self.naps, seconds)
+
+        def monotonic(self) -> float:
+            return self.now
+
+    clock = Clock()
+    monkeypatch.setattr(pace, "time", clock)
+    return clock
+
+
+def test_looks_are_apart(clock):
+    """A look that took its time is followed by the next one at once. While something is ready to be taken, there is more time."""
+    rest = Pace()
+    rest.on_execution_step(Executor(idle=True))
+    clock.now += 0.03
+    rest.on_execution_step(Executor(idle=True))
+    clock.now += 0.15
+    rest.on_execution_step(Executor(idle=True))
+    clock.now += 0.03
+    rest.on_execution_step(Executor(idle=False))
+    assert clock.naps == pytest.approx((0, pace.HUNGRY_S - 0.03, 0, pace.FED_S - 0.03))
 
 
 def test_tasks_unpickle_it_without_torch():
@@ -26,8 +55,10 @@ def test_tasks_unpickle_it_without_torch():
 @pytest.mark.ray
 def test_datasets_have_it(ray_cluster):
     from massl_ray.on_ray.ingest import _dataset
+    from massl_ray.on_ray.layout import DataTasks
 
-    context = _dataset(lambda rows: rows, 4, 2, 3, 5, 2**20).context
+    context = _dataset(lambda rows: rows, 4, 2, DataTasks(3, 0.5), 5, 2**20).context
     assert Pace in context.custom_execution_callback_classes
-    assert context.execution_options.resource_limits.object_store_memory == (5 + 2 * 3 * 2) * 2**20
+    assert context.execution_options.resource_limits.object_store_memory == (5 + 2 * 9 * 2) * 2**20
+    assert context.execution_options.resource_limits.cpu - context.execution_options.exclude_resources.cpu == 4.5  # six wait
     assert context.target_max_block_size == 2 * 2 * 2**20

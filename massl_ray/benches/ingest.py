@@ -7,6 +7,7 @@ The sides take turns. A stream is timed between its first batches, which fill it
 import os
 import statistics
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from itertools import islice, repeat
@@ -37,6 +38,7 @@ from massl_ray.training.run import Run, prepare_run
 from massl_ray.training.state import build_state, step_settings
 
 PHOTOGRAPHS, BATCH = 512, 64
+RECIPE = ["--preset", "vit_small", "--train.global_batch_size", str(BATCH)]
 FILL, BATCHES = 4, 32  # of a stream: to fill its pipes, to time
 FILL_STEPS, STEPS = 5, 30  # of the demo
 CORES = len(os.sched_getaffinity(0))
@@ -52,7 +54,7 @@ def run(device: torch.device, rounds: int = 5, photos: str | None = None) -> dic
     with TemporaryDirectory() as folder, cluster():
         root = Path(folder)
         source = write_photographs(root / "photographs", PHOTOGRAPHS, photos)
-        streams = _streams(prepared(["--data.source", str(source), "--train.global_batch_size", str(BATCH)], root / "run"), rounds)
+        streams = _streams(prepared([*RECIPE, "--data.source", str(source)], root / "run"), rounds)
         demo = _demo(prepared(["--preset", "demo"], root / "demo"), rounds)
         shards = _shards(source, root / "shards", rounds)
         bits = statistics.mean(file.stat().st_size * 8 / WIDTH / HEIGHT for file in source.iterdir())
@@ -97,15 +99,21 @@ def _streams(run: Run, rounds: int) -> dict[str, list[float]]:
 
 def through_ray(run: Run, tasks: int) -> Iterator[Views]:
     from massl_ray.on_ray.ingest import stream_views
+    from massl_ray.on_ray.layout import DataTasks
 
-    return stream_views(run, 0, 1, 0, tasks, CPU)
+    return stream_views(run, 0, 1, 0, DataTasks(tasks, 1.0), CPU)
 
 
 def through_dataloader(run: Run, processes: int) -> Iterator[Views]:
     """The same views, as many images at once, made by the worker processes of a DataLoader."""
-    loader = DataLoader(_Batches(run), batch_size=None, num_workers=processes, prefetch_factor=2, multiprocessing_context="spawn")
-    for global_views, local_views in loader:
-        yield Views(global_views, local_views, [])
+    loader = iter(
+        DataLoader(_Batches(run), batch_size=None, num_workers=processes, prefetch_factor=2, multiprocessing_context="spawn")
+    )
+    try:
+        for global_views, local_views in loader:
+            yield Views(global_views, local_views, [])
+    finally:
+        deque(loader, maxlen=0)  # its processes abort, and say so, when they are stopped in the middle
 
 
 class _Batches(Dataset):
@@ -113,10 +121,10 @@ class _Batches(Dataset):
 
     def __init__(self, run: Run):
         size = run.resolved.batch_size
-        self.make, self.size, self.steps = ViewMaker(run.images, run.config, size, 0, 0, size), size, run.resolved.steps
+        self.make, self.size = ViewMaker(run.images, run.config, size, 0, 0, size), size
 
     def __len__(self) -> int:
-        return self.steps
+        return FILL + BATCHES + 2 * CORES  # so that the processes are busy to the end
 
     def __getitem__(self, step: int) -> tuple[Tensor, Tensor]:
         made = self.make({"id": np.arange(step * self.size, (step + 1) * self.size)})
@@ -137,8 +145,15 @@ def _consume(stream: Iterator[Views]) -> float:
 
 
 def _demo(run: Run, rounds: int) -> dict[str, list[float]]:
-    from massl_ray.on_ray.ingest import stream_views
+    import ray
+    from ray.util.placement_group import placement_group
 
+    from massl_ray.on_ray.ingest import stream_views
+    from massl_ray.on_ray.layout import data_tasks, plan_layout
+
+    layout = plan_layout(run.config, run.resolved.num_micro_batches)
+    ray.get(placement_group([dict(layout.per_worker)]).ready())  # what this process computes with
+    tasks = data_tasks(layout, 1)
     collectives = Exact(Local(), run.resolved.num_micro_batches)
     state = build_state(run.config, run.resolved, CPU, collectives)
     settings = step_settings(run.config, run.resolved, CPU)
@@ -156,10 +171,10 @@ def _demo(run: Run, rounds: int) -> dict[str, list[float]]:
         return time.perf_counter() - started
 
     def fed() -> float:
-        with closing(stream_views(run, 0, 1, state.step, max(1, CORES - 1), CPU)) as stream:
+        with closing(stream_views(run, 0, 1, state.step, tasks, CPU)) as stream:
             return train(stream)
 
-    with closing(stream_views(run, 0, 1, 0, 1, CPU)) as stream:
+    with closing(stream_views(run, 0, 1, 0, tasks, CPU)) as stream:
         kept = next(stream)
     return _in_turn({"ours": fed, "memory": lambda: train(repeat(kept))}, rounds)
 

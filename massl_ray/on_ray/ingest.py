@@ -16,7 +16,7 @@ from massl_ray.data.making import ViewMaker
 from massl_ray.data.order import worker_share
 from massl_ray.method.device_views import device_views, padded
 from massl_ray.method.views import draw_views
-from massl_ray.on_ray.layout import DATA_TASK_CPUS
+from massl_ray.on_ray.layout import DATA_TASK_CPUS, DataTasks
 from massl_ray.on_ray.pace import Pace
 from massl_ray.training.loop import Views
 from massl_ray.training.run import Run
@@ -26,16 +26,16 @@ LEAD = 8  # steps before the end of a dataset at which the next one starts
 # Ray Data plans all tasks of a dataset before the first one runs, in 4 ms each: 0.6 s to the first batch of 64 tasks, 3 s of 256.
 AHEAD = 8  # steps that views are made before they are needed: those that a change of the number of workers finds are lost
 ROWS = 64  # images a task makes views of, at most
-IN_LINE = 2  # tasks for each that may compute: Ray Data follows up a task that has ended only when its loop looks next
+IN_LINE = 2  # tasks that wait for each that computes: Ray Data follows up a task that has ended only when its loop looks next
 
 
 def stream_views(
-    run: Run, rank: int, world_size: int, start_step: int, tasks: int, device: torch.device
+    run: Run, rank: int, world_size: int, start_step: int, tasks: DataTasks, device: torch.device
 ) -> Generator[Views, None, None]:
     """Views of this worker's share of each step's batch, from `start_step` to the end of the run.
 
-    `tasks` bounds those that compute at once for this worker. What comes out depends on (configuration, images, step, share)
-    only, so a restart at any step and any number of workers continues with the very next sample.
+    What comes out depends on (configuration, images, step, share) only, so a restart at any step and any number of workers
+    continues with the very next sample.
     """
     first, last = (edge * run.resolved.micro_batch_size for edge in worker_share(rank, world_size, run.resolved.num_micro_batches))
     share, steps = last - first, run.resolved.steps
@@ -45,7 +45,7 @@ def stream_views(
     def dataset_from(begin: int) -> Generator[Views, None, None]:
         make = ViewMaker(run.images, run.config, run.resolved.batch_size, begin, first, share)
         rows = (min(begin + steps_at_once, steps) - begin) * share
-        dataset = _dataset(make, rows, task_rows, IN_LINE * tasks, AHEAD * share, _row_bytes(run))
+        dataset = _dataset(make, rows, task_rows, tasks, AHEAD * share, _row_bytes(run))
         for rows in dataset.iter_batches(batch_size=share, batch_format="numpy", prefetch_batches=2):
             yield _to_views(rows, run, device)  # type: ignore[arg-type]
 
@@ -75,7 +75,7 @@ def start_now(stream: Generator[Views, None, None]) -> Generator[Views, None, No
 
 def warm_up() -> None:
     """What Ray Data does once in a process takes a second or two; and a task on this machine starts a process for the next."""
-    for _ in _dataset(lambda rows: rows, 1, 1, 1, 1, 2**20).iter_batches():
+    for _ in _dataset(lambda rows: rows, 1, 1, DataTasks(1, DATA_TASK_CPUS), 1, 2**20).iter_batches():
         pass
 
 
@@ -87,25 +87,30 @@ def _row_bytes(run: Run) -> int:
     return run.config.data.channels * (2 * config.global_size**2 + config.num_local * config.local_size**2)
 
 
-def _dataset(make: Any, rows: int, task_rows: int, tasks: int, ahead: int, row_bytes: int) -> ray.data.Dataset:
-    """Of row numbers and what `make` makes of them, in tasks of so many rows, so many at once, and not much more than `ahead`
-    rows, of about `row_bytes`, before they are asked for."""
+def _dataset(make: Any, rows: int, task_rows: int, tasks: DataTasks, ahead: int, row_bytes: int) -> ray.data.Dataset:
+    """Of row numbers and what `make` makes of them, in tasks of so many rows, and not much more than `ahead` rows, of about
+    `row_bytes`, before they are asked for."""
     context = DataContext.get_current().copy()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     context.raise_original_map_exception = True
     context.custom_execution_callback_classes = [*context.custom_execution_callback_classes, Pace]
+    context.memory_usage_poll_interval_s = None  # a thread in every task, for a figure that nobody looks at
     context.target_max_block_size = 2 * task_rows * row_bytes  # else 128 MB are set aside for each task that runs
-    room = ExecutionResources(cpu=tasks * DATA_TASK_CPUS, object_store_memory=row_bytes * (ahead + 2 * tasks * task_rows))
-    context.execution_options = ExecutionOptions(preserve_order=True, resource_limits=room)
+    waiting = IN_LINE * tasks.at_once
+    unread = ahead + 2 * (tasks.at_once + waiting) * task_rows
+    room = ExecutionResources(cpu=tasks.at_once * tasks.cpus, object_store_memory=row_bytes * unread)
+    options = context.execution_options = ExecutionOptions(preserve_order=True, resource_limits=room)
+    # Ray Data submits no more than would run at once: take away less than nothing of the cluster's CPUs, and some wait at Ray.
+    options._set_exclude_resources(ExecutionResources(cpu=-waiting * tasks.cpus))
     with DataContext.current(context):
         numbers = ray.data.read_datasource(  # ray.data.range would reserve a whole CPU a task
             RangeDatasource(rows, block_format="arrow", column_name="id"),
             override_num_blocks=rows // task_rows,
-            num_cpus=DATA_TASK_CPUS,
+            num_cpus=tasks.cpus,
         )
         # A batch is a whole block: of any other size would keep reading and making views apart, as two tasks each.
-        return numbers.map_batches(make, batch_size=None, batch_format="numpy", num_cpus=DATA_TASK_CPUS)
+        return numbers.map_batches(make, batch_size=None, batch_format="numpy", num_cpus=tasks.cpus)
 
 
 def _to_views(rows: dict[str, np.ndarray], run: Run, device: torch.device) -> Views:

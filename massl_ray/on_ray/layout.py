@@ -9,8 +9,8 @@ from massl_ray.config import Config
 from massl_ray.on_ray.place import Seat
 
 DATA_TASK_CPUS = 0.25
-"""That a task of Ray Data reserves. Workers reserve three quarters of a CPU a thread, so on any machine that holds a worker
-there is room for a task, and nobody waits for ever."""
+"""That a task of Ray Data reserves at least. Workers reserve three quarters of a CPU a thread, so on any machine that holds a
+worker there is room for a task, and nobody waits for ever."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,19 @@ def free_seats(
     return tuple(seats[: max(0, layout.max_workers - len(taken))])
 
 
-def data_tasks(layout: Layout, world_size: int) -> int:
-    """How many tasks of Ray Data a worker may have at once: one for each of its share of the CPUs that no worker computes with."""
-    cpus = ray.cluster_resources().get("CPU", 1.0) - world_size * layout.per_worker["CPU"]
-    return max(1, round(cpus / world_size))
+@dataclass(frozen=True)
+class DataTasks:
+    """The tasks of Ray Data that make one worker's views."""
+
+    at_once: int
+    cpus: float  # that each reserves
+
+
+def data_tasks(layout: Layout, world_size: int) -> DataTasks:
+    """One for each of a worker's share of the CPUs that no worker computes with. A task reserves a whole CPU where any machine can
+    spare one, so that Ray does not run more of them at a time than there are CPUs."""
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU", 0) >= 1]
+    reserved = layout.per_worker["CPU"]
+    spare = min((node["CPU"] - reserved * fitting(layout, [node]) for node in nodes), default=0.0)
+    free = sum(node["CPU"] for node in nodes) - world_size * reserved
+    return DataTasks(max(1, round(free / world_size)), 1.0 if spare >= 1 else DATA_TASK_CPUS)
