@@ -15,7 +15,7 @@ from PIL import Image
 
 from massl_ray.reporting import html
 from massl_ray.reporting.html import write_report
-from massl_ray.reporting.pictures import save_png
+from massl_ray.reporting.pictures import png_bytes, save_png
 from tests.helpers import metrics_line, photograph, smooth, tiny_run
 
 VOID = {"meta", "img", "link", "br", "hr", "input", "base"}
@@ -124,20 +124,22 @@ def test_a_run_on_its_way(run_dir, empty_charts):
     assert "k-NN, step" not in page.text and "Nearest neighbours" not in page.text and "Views of the first" not in page.text
 
 
+PICTURE = base64.b64encode(png_bytes(Image.fromarray(smooth()))).decode()
+
+
 def test_a_finished_run(run_dir, tmp_path, empty_charts):
     write_lines(run_dir, *(metrics_line(step) for step in range(100, 1300, 100)))
     write_knn(run_dir, pixels=0.5, untrained=0.6, step_600=0.7, step_1200=0.8125)
     save_png(run_dir / "views.png", smooth())
-    Image.fromarray(smooth()).save(tmp_path / "x.png")
-    near = {"path": str(tmp_path / "x.png"), "class": "cat", "similarity": 0.987}
-    query = near | {"neighbours": [near, near | {"class": "dog", "similarity": -0.25}, near | {"path": "/gone.png"}]}
+    near = {"path": "/photos/x.png", "class": "cat", "similarity": 0.987, "picture": PICTURE}
+    query = near | {"neighbours": [near, near | {"class": "dog", "similarity": -0.25}, near | {"picture": None}]}
     (run_dir / "eval" / "neighbours.json").write_text(json.dumps([query]))
     page = Page(write_report(run_dir))
     assert "1,200" in page.texts and "9,600" in page.texts and "81.2%" in page.texts and "k-NN, step 1,200" in page.texts
     assert "70.0%" not in page.text  # only the last
     assert list(page.images()) == [*CHARTS, "views", "x.png"]
     assert np.array_equal(np.asarray(Image.open(io.BytesIO(page.images()["views"]))), smooth())
-    assert Image.open(io.BytesIO(page.images()["x.png"])).size == (96, 96)
+    assert np.array_equal(np.asarray(Image.open(io.BytesIO(page.images()["x.png"]))), smooth())
     assert " 0.99" in page.texts and " -0.25" in page.texts and any("(gone)" in text for text in page.texts)
     same = [text for text, (tag, attributes) in zip(spans(page), span_tags(page), strict=True) if attributes.get("class") == "same"]
     assert same == ["cat", "cat"] and spans(page) == ["cat", "dog", "cat"]
@@ -152,8 +154,7 @@ def spans(page: Page) -> list[str]:
 
 
 def test_images_without_classes(run_dir, tmp_path):
-    Image.fromarray(smooth()).save(tmp_path / "x.png")
-    near = {"path": str(tmp_path / "x.png"), "class": None, "similarity": 0.5}
+    near = {"path": "/photos/x.png", "class": None, "similarity": 0.5, "picture": PICTURE}
     (run_dir / "eval" / "neighbours.json").write_text(json.dumps([near | {"neighbours": [near]}]))
     page = Page(write_report(run_dir))
     assert "query" in page.texts and not [1 for _, attributes in span_tags(page) if attributes]
@@ -252,9 +253,8 @@ HOSTILE = [
 @pytest.mark.parametrize("name", HOSTILE)
 def test_names_stay_text(run_dir, tmp_path, name, empty_charts):
     path = tmp_path / f"{name.replace('/', '-')}.png"
-    Image.fromarray(smooth()).save(path)
-    near = {"path": str(path), "class": name, "similarity": 0.5}
-    gone = near | {"path": f"/gone/{name}.png"}
+    near = {"path": str(path), "class": name, "similarity": 0.5, "picture": PICTURE}
+    gone = near | {"path": f"/gone/{name}.png", "picture": None}
     (run_dir / "eval" / "neighbours.json").write_text(json.dumps([near | {"neighbours": [near, gone, near | {"class": "x"}]}]))
     hostile_dir = run_dir.rename(tmp_path / f"run {name.replace('/', '-')}")
     text = (hostile_dir / "config.toml").read_text()

@@ -1,13 +1,17 @@
 """Pictures for people: where each view lands in the grid, thumbnails, files written whole."""
 
+import base64
 import io
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from massl_ray.reporting.pictures import GAP, SIDE, png_bytes, save_png, thumbnail, view_grid
+from massl_ray.config import DataSection
+from massl_ray.data.sources import open_source
+from massl_ray.reporting.pictures import GAP, SIDE, add_pictures, png_bytes, save_png, thumbnail, view_grid
 from tests.helpers import photograph, smooth
+from tests.sources import write_parquet
 
 CELL = SIDE + GAP
 
@@ -79,3 +83,15 @@ def test_thumbnail_is_the_centred_square(width, height):
 
 def test_thumbnail_of_a_pixel():
     assert (np.asarray(thumbnail(Image.new("RGB", (1, 1), (1, 2, 3)))) == (1, 2, 3)).all()
+
+
+def test_pictures_come_from_where_the_images_are(tmp_path):
+    """Here in a table, where no path leads to one image."""
+    data = [png_bytes(Image.fromarray(np.full((40, 60, 3), level, np.uint8))) for level in (10, 200)]
+    write_parquet(tmp_path / "images.parquet", [*data, b"broken"])
+    entries = [{"sample": 1}, {"sample": 0}, {"sample": 2}]
+    add_pictures(entries, open_source(str(tmp_path / "images.parquet")), DataSection())
+    for entry, level in zip(entries[:2], (200, 10), strict=True):
+        found = np.asarray(Image.open(io.BytesIO(base64.b64decode(entry["picture"]))))
+        assert found.shape == (SIDE, SIDE, 3) and (found == level).all()
+    assert entries[2] == {"sample": 2, "picture": None}

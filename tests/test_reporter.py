@@ -14,7 +14,7 @@ from massl_ray.evaluation.features import backbone_features, pixel_features
 from massl_ray.evaluation.neighbours import nearest_neighbours
 from massl_ray.method.views import make_views
 from massl_ray.reporting import reporter as module
-from massl_ray.reporting.pictures import view_grid
+from massl_ray.reporting.pictures import add_pictures, view_grid
 from massl_ray.reporting.reporter import Reporter, Silent, evenly
 from massl_ray.training.collectives import Local
 from massl_ray.training.loop import Views, Wish, train
@@ -306,7 +306,9 @@ def test_knn_on_the_way_and_at_the_end(told):
     knn, neighbours = told.evaluate(6)
     assert (knn["kind"], knn["features"], knn["step"]) == ("knn", "step_6", 6)
     found = backbone_features(told.state.teacher.backbone, told.run.bank, told.run.config, CPU)
-    assert neighbours == {"kind": "neighbours", "found": nearest_neighbours(found, told.run.bank)}
+    expected = nearest_neighbours(found, told.run.bank)
+    add_pictures([entry for query in expected for entry in (query, *query["neighbours"])], told.run.bank, told.run.config.data)
+    assert neighbours == {"kind": "neighbours", "found": expected} and all(query["picture"] for query in expected)
 
 
 def test_images_without_classes_have_neighbours_but_no_knn(tmp_path):

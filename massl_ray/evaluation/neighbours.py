@@ -10,7 +10,8 @@ from massl_ray.evaluation.features import Features
 
 
 def nearest_neighbours(features: Features, listing: Listing, *, queries: int = 8, neighbours: int = 6) -> list[dict[str, Any]]:
-    """For evenly spaced query images the most similar other ones: paths, classes and cosine similarities."""
+    """For evenly spaced query images the most similar other ones: their places in the listing, paths, classes and cosine
+    similarities."""
     rows = normalize(features.rows, dim=1)
     places = torch.linspace(0, len(rows) - 1, min(queries, len(rows))).round().long().unique()
     similarity = rows[places] @ rows.T
@@ -20,7 +21,7 @@ def nearest_neighbours(features: Features, listing: Listing, *, queries: int = 8
     def entry(place: int) -> dict[str, Any]:
         sample = int(features.samples[place])
         label = None if listing.labels is None else listing.classes[int(listing.labels[sample])]
-        return {"path": listing.path(sample), "class": label}
+        return {"sample": sample, "path": listing.path(sample), "class": label}
 
     return [
         {

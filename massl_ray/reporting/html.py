@@ -13,9 +13,6 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from massl_ray.config import DataSection
-from massl_ray.data.decode import UNREADABLE, Encoded
-from massl_ray.reporting.pictures import png_bytes, shown, thumbnail
 from massl_ray.reporting.summary import read_knn, read_metrics
 from massl_ray.training.run import write_atomically
 
@@ -42,7 +39,7 @@ def write_report(run_dir: Path) -> Path:
         _head(run_dir, config, lines, knn),
         _charts(config, lines, knn),
         _views(run_dir, config),
-        _neighbours(run_dir, DataSection.model_validate(config["data"])),
+        _neighbours(run_dir),
         _settings(config),
     ]
     head = "<meta charset='utf-8'><meta name='viewport' content='width=device-width'>"
@@ -154,17 +151,17 @@ def _views(run_dir: Path, config: dict[str, Any]) -> str:
     return f"<h2>Views of the first batch</h2><p class='note'>{note}</p>{picture}"
 
 
-def _neighbours(run_dir: Path, data: DataSection) -> str:
+def _neighbours(run_dir: Path) -> str:
     path = run_dir / "eval" / "neighbours.json"
     if not path.exists():
         return ""
     rows = ""
     for query in json.loads(path.read_text()):
-        cells = [_picture(query["path"], _text(query["class"] or "query"), data)]
+        cells = [_picture(query, _text(query["class"] or "query"))]
         for near in query["neighbours"]:
             same = " class='same'" if query["class"] and near["class"] == query["class"] else ""
             caption = f"<span{same}>{_text(near['class'] or '')}</span> {near['similarity']:.2f}"
-            cells.append(_picture(near["path"], caption, data))
+            cells.append(_picture(near, caption))
         rows += "<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>"
     note = (
         "An image, and those that the trained backbone finds most similar, with cosine similarities. "
@@ -173,13 +170,11 @@ def _neighbours(run_dir: Path, data: DataSection) -> str:
     return f"<h2>Nearest neighbours</h2><p class='note'>{note}</p><table class='near'>{rows}</table>"
 
 
-def _picture(path: str, caption: str, data: DataSection) -> str:
-    try:
-        pixels, _ = Encoded(Path(path).read_bytes(), data.max_pixels, data.channels).pixels()
-        source = _data_url("image/png", png_bytes(thumbnail(shown(pixels))))
-    except UNREADABLE:
+def _picture(entry: dict[str, Any], caption: str) -> str:
+    picture, path = entry.get("picture"), entry["path"]
+    if not picture:
         return f"{caption} (gone)"
-    return f"<img alt='{_text(Path(path).name)}' title='{_text(path)}' src='{source}'>{caption}"
+    return f"<img alt='{_text(Path(path).name)}' title='{_text(path)}' src='data:image/png;base64,{_text(picture)}'>{caption}"
 
 
 def _settings(config: dict[str, Any]) -> str:

@@ -1,10 +1,17 @@
 """Pixels for people: grids of views and thumbnails."""
 
+import base64
 import io
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
+
+from massl_ray.config import DataSection
+from massl_ray.data.decode import UNREADABLE, Encoded
+from massl_ray.data.listing import Listing
 
 GAP = 4  # pixels between tiles
 SIDE = 96  # pixels of a tile
@@ -46,6 +53,17 @@ def thumbnail(image: Image.Image, side: int = SIDE) -> Image.Image:
     cut = min(image.size)
     left, top = (image.width - cut) // 2, (image.height - cut) // 2
     return image.resize((side, side), Image.Resampling.BICUBIC, box=(left, top, left + cut, top + cut))
+
+
+def add_pictures(entries: Iterable[dict[str, Any]], listing: Listing, data: DataSection) -> None:
+    """Give each entry with a `sample` its `picture`, a thumbnail as PNG in base64, for a report that outlives the images; None
+    where an image cannot be read any more."""
+    for entry in entries:
+        try:
+            pixels, _ = Encoded(listing.read(entry["sample"]), data.max_pixels, data.channels).pixels()
+            entry["picture"] = base64.b64encode(png_bytes(thumbnail(shown(pixels)))).decode()
+        except UNREADABLE:
+            entry["picture"] = None
 
 
 def _framed(tile: np.ndarray) -> np.ndarray:

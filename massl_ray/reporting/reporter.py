@@ -12,7 +12,7 @@ from massl_ray.evaluation.features import Features, backbone_features, pixel_fea
 from massl_ray.evaluation.knn import knn_accuracy
 from massl_ray.evaluation.neighbours import nearest_neighbours
 from massl_ray.method.step import State
-from massl_ray.reporting.pictures import view_grid
+from massl_ray.reporting.pictures import add_pictures, view_grid
 from massl_ray.training.checkpoint import CheckpointWriter
 from massl_ray.training.loop import Views
 from massl_ray.training.run import Run
@@ -125,7 +125,9 @@ class Reporter(Silent):
         if step == run.resolved.steps:
             listing = run.bank if run.bank is not None else run.images.take(evenly(len(run.images), run.config.eval.max_images))
             found = bank or backbone_features(state.teacher.backbone, listing, run.config, device)
-            self.line.announce({"kind": "neighbours", "found": nearest_neighbours(found, listing)})
+            near = nearest_neighbours(found, listing)
+            add_pictures([entry for query in near for entry in (query, *query["neighbours"])], listing, run.config.data)
+            self.line.announce({"kind": "neighbours", "found": near})
 
     def _knn(self, name: str, step: int, bank: Features, queries: Features) -> float | None:
         config = self.run.config.eval
