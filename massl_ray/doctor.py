@@ -35,13 +35,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def examine(flags: Sequence[str], as_json: bool) -> int:
     config = load(flags, "massl-ray doctor")
+    from massl_ray.data.decode import Decoding
     from massl_ray.data.examine import describe, look_at_all, report, to_table
     from massl_ray.data.sources import open_source  # late: a wrong flag is answered at once
     from massl_ray.reporting.progress import counted
 
     images = open_source(config.data.source, cache_gb=config.data.cache_gb)
     rows = []
-    looks = look_at_all(images, os.cpu_count() or 1, config.data.max_pixels, config.data.channels)
+    looks = look_at_all(images, os.cpu_count() or 1, Decoding.of(config.data))
     for _ in counted((rows.append(row) or 1 for row in looks), len(images)):
         pass
     found = report(images, to_table(rows))

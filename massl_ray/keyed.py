@@ -19,6 +19,7 @@ class Stream(IntEnum):
     DROP_PATH = 5
     BLOCKS = 6
     HOLD_OUT = 7
+    SWEEP = 8
 
 
 def generator(stream: Stream, seed: int, *counters: int) -> np.random.Generator:

@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 
 from massl_ray.config import load
-from massl_ray.data.decode import MAX_PIXELS, Encoded
+from massl_ray.data.decode import PLAIN, Decoding, Encoded
 from massl_ray.data.files import files
 from massl_ray.data.listing import Listing
 from massl_ray.storage import Folder
@@ -31,9 +31,9 @@ def photograph(width: int = 160, height: int = 120) -> Image.Image:
     return _photograph().resize((width, height), Image.Resampling.BICUBIC)
 
 
-def decode(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
+def decode(data: bytes, max_pixels: int = PLAIN.max_pixels) -> Image.Image:
     """An image at full size, in mode RGB."""
-    return Image.fromarray(Encoded(data, max_pixels).pixels()[0])
+    return Image.fromarray(Encoded(data, Decoding(max_pixels)).pixels()[0])
 
 
 def read(path: str) -> Image.Image:

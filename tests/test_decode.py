@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from PIL import ExifTags, Image, ImageOps
 
 from massl_ray.data import decode as module
-from massl_ray.data.decode import UNREADABLE, Encoded, reason
+from massl_ray.data.decode import UNREADABLE, Decoding, Encoded, reason
 from tests.helpers import decode, encoded, photograph, read, smooth
 
 SHOTS = {kind: encoded(Image.fromarray(smooth()), kind) for kind in ("JPEG", "PNG", "WebP", "TIFF", "BMP", "GIF")}
@@ -275,7 +275,7 @@ def test_mutated_files_raise_nothing_else_and_keep_their_word(name):
     random, outcomes = np.random.default_rng(0), set()
     for _ in range(200):
         try:
-            image = Encoded(mutated(KINDS[name], random), max_pixels=10**6)
+            image = Encoded(mutated(KINDS[name], random), Decoding(max_pixels=10**6))
             pixels, shrunk = image.pixels(2)
             assert pixels.dtype == np.uint8
             assert pixels.shape == (math.ceil(image.size[1] / shrunk), math.ceil(image.size[0] / shrunk), 3)

@@ -10,6 +10,7 @@ import torch
 
 from massl_ray.config import load
 from massl_ray.data.cache import hash_of
+from massl_ray.data.decode import Decoding
 from massl_ray.data.demo import cache_folder
 from massl_ray.data.preparing import begin, do_part, finish
 from massl_ray.data.sources import open_source
@@ -105,7 +106,7 @@ def test_other_than_three_channels(start, tmp_path, channels):
     if channels == 5:
         with pytest.raises(UserError, match=r"data.mean is not known for 5 channels.*prepare --channels 5"):
             prepare_run(load([*TINY, *flags, "--data.source", str(source), "--run.dir", str(tmp_path / "refused")]))
-    plan = begin(listing, folder, None, 64, channels=channels)
+    plan = begin(listing, folder, None, 64, Decoding(channels=channels))
     do_part(listing, folder, plan, 0)
     finish(listing, folder, plan)
     outcome, run, events = start("run", *flags, "--data.source", str(tmp_path / "shards"))

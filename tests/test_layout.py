@@ -129,3 +129,8 @@ def test_data_tasks(monkeypatch, machines, most, world_size, reserved, tasks):
     nodes = [{"Alive": True, "Resources": {"CPU": cpus}} for cpus in machines]
     monkeypatch.setattr(ray, "nodes", lambda: [*nodes, {"Alive": False, "Resources": {"CPU": 64.0}}])
     assert data_tasks(Layout(1, most, False, {"CPU": reserved}), world_size) == tasks
+
+
+def test_data_tasks_as_told(plan):
+    layout = plan([(4, 0)], "--data.tasks 3")
+    assert layout == Layout(1, 1, False, {"CPU": 0.75}, 3) and data_tasks(layout, 1) == DataTasks(3, 0.25)

@@ -149,7 +149,13 @@ def test_a_free_folder_is_held_and_released_without_waiting(naps, notes):
 
 def test_a_holder_that_lives_is_left_alone(naps, beats, notes):
     folder = in_memory()
-    naps.action = lambda: beats.acquire(timeout=SOON_S)
+
+    def two_beats_from_now_on() -> None:
+        while beats.acquire(blocking=False):
+            pass
+        assert beats.acquire(timeout=SOON_S) and beats.acquire(timeout=SOON_S)
+
+    naps.action = two_beats_from_now_on
     with hold(folder, interval_s=0.001) as lost:
         with pytest.raises(UserError, match=f"{folder} is in use by process {os.getpid()} on "), hold(folder, note=notes.append):
             pass

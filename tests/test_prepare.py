@@ -10,10 +10,12 @@ from pathlib import Path
 
 import pytest
 
+from massl_ray.data.preparing import begin
 from massl_ray.data.sources import open_source
 from massl_ray.on_ray.prepare import do_parts
 from massl_ray.prepare import main
 from massl_ray.storage import Folder
+from massl_ray.training.lock import hold
 from tests.helpers import names
 from tests.sources import encoded_images, write_folder
 from tests.storages import on_s3, s3_server
@@ -72,6 +74,15 @@ def test_the_command(source, tmp_path):
     assert again.returncode == 0 and again.stdout == f"All images of {source} are in {tmp_path}/out already.\n"
 
 
+def test_two_at_once(source, tmp_path, capsys):
+    """The second one is refused before it does any work."""
+    begin(open_source(str(source)), Folder(tmp_path / "out"), None, 64)
+    with hold(tmp_path / "out"):
+        assert main([str(source), str(tmp_path / "out")]) == 2
+    words = f"massl-ray: {tmp_path}/out is in use by process {os.getpid()} on "
+    assert capsys.readouterr().err.startswith(words) and not list((tmp_path / "out").glob("shard*"))
+
+
 @pytest.mark.ray
 @pytest.mark.slow
 def test_ended_and_run_again(tmp_path):
@@ -115,8 +126,6 @@ def test_from_s3_to_s3(source, tmp_path, monkeypatch):
 
 @pytest.mark.ray
 def test_what_a_task_raises_is_raised(ray_cluster, source, tmp_path):
-    from massl_ray.data.preparing import begin
-
     images, folder = open_source(str(source)), Folder(tmp_path / "out")
     plan = begin(images, folder, None, 1)
     assert plan

@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from massl_ray.data import preparing as module
+from massl_ray.data.decode import Decoding
 from massl_ray.data.listing import Listing
 from massl_ray.data.preparing import WORK, begin, do_part, finish, missing, shrunk
 from massl_ray.data.sources import open_source
@@ -95,14 +96,14 @@ def test_what_is_done_is_done(source, folder):
 
 
 def test_what_was_done_before_there_were_channels(source, folder):
-    """A plan and a manifest of an earlier version do not name them."""
+    """Nor a level of white: a plan and a manifest of an earlier version do not name them."""
     prepare(source, folder, stop_after=1)
     plan = json.loads((folder / WORK).read_text("plan.json"))
-    assert plan.pop("channels") == 3
+    assert (plan.pop("channels"), plan.pop("white")) == (3, 65535)
     (folder / WORK).write_text("plan.json", json.dumps(plan))
     prepare(source, folder)
     manifest = json.loads(folder.read_text("manifest.json"))
-    assert manifest.pop("channels") == 3
+    assert (manifest.pop("channels"), manifest.pop("white")) == (3, 65535)
     folder.write_text("manifest.json", json.dumps(manifest))
     assert begin(source, folder, None, 1) is None and len(open_source(str(folder))) == len(source) - 1  # one is broken
 
@@ -125,13 +126,13 @@ def test_images_of_too_many_pixels_are_left_out(tmp_path):
     write_folder(tmp_path / "source", IMAGES)
     (tmp_path / "source" / "large.png").write_bytes(encoded(photograph(200, 150), "PNG"))
     source, folder = open_source(str(tmp_path / "source")), Folder(tmp_path / "out")
-    plan = begin(source, folder, None, 1, max_pixels=200 * 150 - 1)
+    plan = begin(source, folder, None, 1, Decoding(max_pixels=200 * 150 - 1))
     do_part(source, folder, plan, 0)
     finish(source, folder, plan)
     (broken,) = json.loads(folder.read_text("report.json"))["broken"]
     assert broken["path"].endswith("large.png") and "more than data.max_pixels 29999 allows" in broken["reason"]
     assert len(open_source(str(folder))) == len(IMAGES)
-    assert begin(source, folder, None, 1, max_pixels=29_999) is None
+    assert begin(source, folder, None, 1, Decoding(max_pixels=29_999)) is None
     with pytest.raises(UserError, match="in another way"):
         begin(source, folder, None, 1)
 

@@ -48,7 +48,16 @@ def validate(values: Mapping[str, Any]) -> Config:
     try:
         return Config(**values)
     except ValidationError as error:
-        raise UserError(" ".join(_sentence(item) for item in error.errors())) from None
+        raise UserError(sentences(error)) from None
+
+
+def sentences(error: ValidationError) -> str:
+    return " ".join(_sentence(item) for item in error.errors())
+
+
+def nearest_key(name: str) -> str:
+    """'; the nearest is ...', or nothing."""
+    return _close(name, [key for key, _ in _flags()])
 
 
 def presets() -> list[str]:

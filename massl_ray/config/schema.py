@@ -42,6 +42,8 @@ class DataSection(Section):
     window: Annotated[int, Field(ge=0)] = 0
     """Shards (or row groups of Parquet) that are shuffled together, for data sets that are larger than data.cache_gb: half of what
     that holds. 0: the whole data set at once."""
+    tasks: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
+    """Tasks that make views at the same time, for each worker. 'auto': by the CPUs that no worker computes with."""
     max_skipped: Share = 0.05
     """Share of unreadable images, among those tried, above which the run stops."""
     max_pixels: Annotated[int, Field(ge=1)] = 200_000_000
@@ -49,6 +51,9 @@ class DataSection(Section):
     channels: Annotated[int, Field(ge=1, le=1024)] = 3
     """That images are decoded to. 1: gray. 3: red, green and blue. Any other number: that of the bands of TIFF files or numpy
     arrays (.npy). Colour jitter of other than 3 changes brightness and contrast only."""
+    white: Annotated[int, Field(ge=1, le=2**32)] = 65535
+    """The level that becomes 255 where images have whole numbers of more than 8 bits; higher ones do, too. 4095 for cameras of 12
+    bits, 10000 for reflectances of Sentinel-2."""
     mean: tuple[float, ...] = ()
     """Channel means (in 0..1) subtracted from every view. Empty: ImageNet's for 3 channels; for any other number those that
     `massl-ray prepare` measured, or of gray images that were not prepared ImageNet's."""

@@ -14,7 +14,7 @@ def is_bands(data: bytes, channels: int) -> bool:
     return data.startswith(NUMPY) or (channels not in (1, 3) and data.startswith(TIFF))
 
 
-def bands(data: bytes, max_pixels: int, channels: int) -> np.ndarray:
+def bands(data: bytes, max_pixels: int, channels: int, white: int) -> np.ndarray:
     """(h, w, channels) uint8 of an array or TIFF file that has its channels first or last, or one channel and no axis for it.
 
     Raises ValueError for another number of channels and for more than `max_pixels` pixels, before they are decoded, and whatever
@@ -27,13 +27,13 @@ def bands(data: bytes, max_pixels: int, channels: int) -> np.ndarray:
         levels = np.moveaxis(levels, 0, 2)
     if levels.ndim != 3 or levels.shape[2] != channels or not levels.size:
         raise ValueError(f"its shape is {levels.shape}, not (height, width, {channels}) as data.channels says")
-    return np.ascontiguousarray(levels if levels.dtype == np.uint8 else to_8_bits(levels))
+    return np.ascontiguousarray(levels if levels.dtype == np.uint8 else to_8_bits(levels, white))
 
 
-def to_8_bits(levels: np.ndarray) -> np.ndarray:
-    """Whole numbers are taken as 0..65535 whatever is in the image, so that dark images stay dark. Floats have no such range:
-    the smallest of 0..1, 0..255 and 0..65535 that holds the brightest pixel."""
-    scale = 255 / 65535
+def to_8_bits(levels: np.ndarray, white: int) -> np.ndarray:
+    """Whole numbers are taken as 0..`white` whatever is in the image, so that dark images stay dark. Floats have no such range:
+    the smallest of 0..1, 0..255 and 0..`white` that holds the brightest pixel."""
+    scale = 255 / white
     if levels.dtype.kind == "b":
         scale = 255.0
     elif levels.dtype.kind == "f":

@@ -5,6 +5,7 @@ import io
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import numpy as np
 import simplejpeg
@@ -21,7 +22,6 @@ from massl_ray.data.bands import bands, is_bands, to_8_bits
 FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF")
 """What is decoded. Pillow knows more formats, and runs other programs for some."""
 
-MAX_PIXELS = DataSection().max_pixels
 Image.MAX_IMAGE_PIXELS = None  # Pillow's own limit, which would come before ours
 
 TURNS = {
@@ -45,26 +45,42 @@ def reason(error: BaseException) -> str:
     return f"{type(error).__name__}: {text.split(' <_io.')[0]}"
 
 
+@dataclass(frozen=True)
+class Decoding:
+    """How images are decoded; the settings of the same names."""
+
+    max_pixels: int = DataSection().max_pixels
+    """Those of more are refused."""
+    channels: int = DataSection().channels
+    """1 is gray, 3 are red, green and blue, any other number has to be that of the image."""
+    white: int = DataSection().white
+    """The level of images of more than 8 bits that becomes 255."""
+
+    @staticmethod
+    def of(data: DataSection) -> "Decoding":
+        return Decoding(data.max_pixels, data.channels, data.white)
+
+
+PLAIN = Decoding()
+
+
 class Encoded:
     """An image of which the header has been read: `size` is its upright (width, height).
 
-    Args:
-        channels: that it is decoded to: 1 is gray, 3 are red, green and blue, any other number has to be that of the image.
-
-    Raises one of UNREADABLE where `data` is no image, or one of more than `max_pixels` pixels.
+    Raises one of UNREADABLE where `data` is no image, or one of more pixels than are allowed.
     """
 
-    def __init__(self, data: bytes, max_pixels: int = MAX_PIXELS, channels: int = 3):
-        self._data, self._channels, self._bands, self._turn = data, channels, None, None
+    def __init__(self, data: bytes, how: Decoding = PLAIN):
+        self._data, self._how, self._bands, self._turn = data, how, None, None
         with _unreadable():
-            if is_bands(data, channels):
-                self._bands = bands(data, max_pixels, channels)
+            if is_bands(data, how.channels):
+                self._bands = bands(data, how.max_pixels, how.channels, how.white)
                 self.size = self._bands.shape[1], self._bands.shape[0]
                 return
             self._image = Image.open(io.BytesIO(data), formats=FORMATS)
             width, height = self._image.size
-            if width * height > max_pixels:
-                raise Image.DecompressionBombError(f"{width} x {height} pixels, more than data.max_pixels {max_pixels} allows")
+            if width * height > how.max_pixels:
+                raise Image.DecompressionBombError(f"{width} x {height} pixels, more than data.max_pixels {how.max_pixels} allows")
             # Pillow turns TIFF files itself
             orientation = 1 if self._image.format == "TIFF" else self._image.getexif().get(ExifTags.Base.Orientation, 1)
             self._turn = TURNS.get(orientation)
@@ -81,14 +97,14 @@ class Encoded:
         with _unreadable():
             pixels, shrunk = self._jpeg(min(shrink, 8)), min(shrink, 8)
             if pixels is None:
-                pixels, shrunk = _to_channels(self._image, self._channels), 1
+                pixels, shrunk = _to_channels(self._image, self._how), 1
             if self._turn is not None:  # not ImageOps.exif_transpose: it writes the EXIF block anew, and fails where that is broken
                 pixels = as_pixels(to_image(pixels).transpose(self._turn))
             return pixels, shrunk
 
     def _jpeg(self, shrink: int) -> np.ndarray | None:
         """None for what libjpeg-turbo refuses or has no such channels for: Pillow has the last word."""
-        wanted = {1: "GRAY", 3: "RGB"}.get(self._channels)
+        wanted = {1: "GRAY", 3: "RGB"}.get(self._how.channels)
         if self._image.format not in ("JPEG", "MPO") or not wanted:
             return None
         try:
@@ -123,16 +139,16 @@ def as_pixels(image: Image.Image) -> np.ndarray:
     return pixels[..., np.newaxis] if pixels.ndim == 2 else pixels
 
 
-def _to_channels(image: Image.Image, channels: int) -> np.ndarray:
+def _to_channels(image: Image.Image, how: Decoding) -> np.ndarray:
     image.load()
     if image.mode.startswith("I") or image.mode == "F":
-        image = Image.fromarray(to_8_bits(np.asarray(image)))
-    mode = {1: "L", 3: "RGB"}.get(channels)
+        image = Image.fromarray(to_8_bits(np.asarray(image), how.white))
+    mode = {1: "L", 3: "RGB"}.get(how.channels)
     if mode:
         image.info.pop("transparency", None)
         return as_pixels(image.convert(mode))
     if image.mode == "P":
         image = image.convert("RGBA" if "transparency" in image.info else "RGB")
-    if len(image.getbands()) != channels:
-        raise ValueError(f"its channels are {', '.join(image.getbands())}, and data.channels is {channels}")
+    if len(image.getbands()) != how.channels:
+        raise ValueError(f"its channels are {', '.join(image.getbands())}, and data.channels is {how.channels}")
     return as_pixels(image)

@@ -13,7 +13,7 @@ import pyarrow as pa
 from PIL import Image
 
 from massl_ray.data.bands import NUMPY, TIFF
-from massl_ray.data.decode import MAX_PIXELS, UNREADABLE, Encoded, reason
+from massl_ray.data.decode import PLAIN, UNREADABLE, Decoding, Encoded, reason
 from massl_ray.data.listing import Listing
 
 TINY = 32  # pixels: images with a shorter side below it have little to show
@@ -56,19 +56,17 @@ class Report:
     std: list[float] | None
 
 
-def look(
-    images: Listing, sample: int, max_pixels: int = MAX_PIXELS, channels: int = 3
-) -> tuple[dict[str, Any], bytes, np.ndarray | None]:
+def look(images: Listing, sample: int, how: Decoding = PLAIN) -> tuple[dict[str, Any], bytes, np.ndarray | None]:
     """What there is to know of an image as a row of LOOK, with its bytes and pixels (h, w, channels); without them where it cannot
     be read."""
     path = images.path(sample).encode(errors="backslashreplace").decode()
     try:
         data = images.read(sample)
-        pixels, _ = Encoded(data, max_pixels, channels).pixels()
+        pixels, _ = Encoded(data, how).pixels()
     except UNREADABLE as error:
         return {"sample": sample, "path": path, "error": reason(error)}, b"", None
     height, width, _ = pixels.shape
-    counts = [cv2.calcHist([pixels], [channel], None, [256], [0, 256]).ravel() for channel in range(channels)]
+    counts = [cv2.calcHist([pixels], [channel], None, [256], [0, 256]).ravel() for channel in range(how.channels)]
     shares = np.array(counts, dtype=np.float64) / (width * height)
     values = np.arange(256) / 255
     row = {
@@ -86,12 +84,12 @@ def look(
     return row, data, pixels
 
 
-def look_at_all(images: Listing, threads: int, max_pixels: int = MAX_PIXELS, channels: int = 3) -> Iterator[dict[str, Any]]:
+def look_at_all(images: Listing, threads: int, how: Decoding = PLAIN) -> Iterator[dict[str, Any]]:
     """Rows of LOOK in the order of the listing, decoded by a few threads."""
     with ThreadPoolExecutor(threads) as pool:
         for first in range(0, len(images), 256):
             samples = range(first, min(first + 256, len(images)))
-            yield from pool.map(lambda sample: look(images, sample, max_pixels, channels)[0], samples)
+            yield from pool.map(lambda sample: look(images, sample, how)[0], samples)
 
 
 def to_table(rows: Iterable[dict[str, Any]]) -> pa.Table:

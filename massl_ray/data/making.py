@@ -8,7 +8,7 @@ import cv2
 import numpy as np
 
 from massl_ray.config import Config, ViewsSection
-from massl_ray.data.decode import UNREADABLE, Encoded, reason
+from massl_ray.data.decode import UNREADABLE, Decoding, Encoded, reason
 from massl_ray.data.listing import Listing
 from massl_ray.data.order import samples_at
 from massl_ray.method.resampling import Pyramid
@@ -50,13 +50,13 @@ class ViewMaker:
 
     def _views(self, epoch: int, sample: int, data: bytes) -> dict[str, Any]:
         key = {"seed": self.config.run.seed, "epoch": epoch, "sample": sample}
-        encoded = Encoded(data, self.config.data.max_pixels, self.config.data.channels)
+        encoded = Encoded(data, Decoding.of(self.config.data))
         global_views, local_views = views_of(encoded, self.config.views, **key)
         return {"global_views": global_views, "local_views": local_views}
 
     def _decoded(self, epoch: int, sample: int, data: bytes) -> dict[str, Any]:
         """An image as small as its views allow, and what its views are drawn from."""
-        encoded = Encoded(data, self.config.data.max_pixels, self.config.data.channels)
+        encoded = Encoded(data, Decoding.of(self.config.data))
         drawn = draw_views(self.config.views, *encoded.size, seed=self.config.run.seed, epoch=epoch, sample=sample)
         pixels, shrunk = encoded.pixels(smallest_shrinkage(drawn))
         facts = {"shape": pixels.shape, "shrunk": shrunk, "size": encoded.size, "epoch": epoch, "sample": sample}

@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 from PIL import Image
 
-from massl_ray.data.decode import MAX_PIXELS, to_image
+from massl_ray.data.decode import PLAIN, Decoding, to_image
 from massl_ray.data.examine import LOOK, Report, look, report, to_table
 from massl_ray.data.listing import Listing
 from massl_ray.data.shards import MANIFEST, Manifest, Shard, write_index, write_shard, write_table
@@ -37,7 +37,12 @@ class Plan:
     shard_mb: int
     max_pixels: int  # of images that are taken
     channels: int = 3  # that they are decoded to
+    white: int = PLAIN.white  # level of more than 8 bits that becomes 255
     rows: int = 0  # images of the source a shard
+
+    @property
+    def decoding(self) -> Decoding:
+        return Decoding(self.max_pixels, self.channels, self.white)
 
     @property
     def parts(self) -> int:
@@ -47,20 +52,20 @@ class Plan:
         return range(part * self.rows, min((part + 1) * self.rows, self.count))
 
 
-def begin(
-    images: Listing, folder: Folder, max_side: int | None, shard_mb: int, max_pixels: int = MAX_PIXELS, channels: int = 3
-) -> Plan | None:
+def begin(images: Listing, folder: Folder, max_side: int | None, shard_mb: int, how: Decoding = PLAIN) -> Plan | None:
     """The plan that an earlier start wrote into the folder, or a new one; None where all is done.
 
     Raises:
         OSError: the folder cannot be read or written.
         UserError: it holds something else.
     """
-    form = {"max_side": max_side, "shard_mb": shard_mb, "max_pixels": max_pixels, "channels": channels}
+    form = {"max_side": max_side, "shard_mb": shard_mb, **asdict(how)}
     wanted = Plan(**images.identity(), **form)  # type: ignore[arg-type]
     names = [name for name in folder.entries() if name != WORK]
     if MANIFEST in names:
-        made = {"channels": 3} | json.loads(folder.read_text(MANIFEST))  # the first ones did not say
+        made = {"channels": PLAIN.channels, "white": PLAIN.white} | json.loads(
+            folder.read_text(MANIFEST)
+        )  # the first ones did not say
         if all(made.get(key) == value for key, value in asdict(wanted).items() if key not in ("rows", "count")):
             return None
     elif (folder / WORK).kind(PLAN):
@@ -87,7 +92,7 @@ def do_part(images: Listing, folder: Folder, plan: Plan, part: int) -> None:
     """Write a shard of the images that can be read, what was found of all of them, and that it is done."""
     rows, encoded, good = [], [], []
     for sample in plan.samples(part):
-        row, data, pixels = look(images, sample, plan.max_pixels, plan.channels)
+        row, data, pixels = look(images, sample, plan.decoding)
         rows.append(row)
         if pixels is not None:
             encoded.append(shrunk(data, pixels, plan.max_side, row["format"]))
@@ -121,6 +126,7 @@ def finish(images: Listing, folder: Folder, plan: Plan) -> Report:
         shard_mb=plan.shard_mb,
         max_pixels=plan.max_pixels,
         channels=plan.channels,
+        white=plan.white,
         count=len(good),
         classes=images.classes,
         mean=tuple(found.mean or ()),
@@ -161,7 +167,7 @@ def _rows(images: Listing, plan: Plan) -> int:
     tried = np.unique(np.linspace(0, len(images) - 1, min(TRIED, len(images))).astype(np.int64))
     sizes = []
     for sample in tried:
-        row, data, pixels = look(images, int(sample), plan.max_pixels, plan.channels)
+        row, data, pixels = look(images, int(sample), plan.decoding)
         if pixels is not None:
             sizes.append(len(shrunk(data, pixels, plan.max_side, row["format"])))
     return max(1, int(plan.shard_mb * MB / np.mean(sizes))) if sizes else len(images)

@@ -13,6 +13,7 @@ import numpy as np
 import pyarrow as pa
 
 from massl_ray.data.cache import hash_of, mapped
+from massl_ray.data.decode import PLAIN
 from massl_ray.data.listing import Listing, Parts, Recent, joined
 from massl_ray.errors import UserError
 from massl_ray.storage import Folder, reason
@@ -49,7 +50,8 @@ class Manifest:
     std: tuple[float, ...]
     index_sha256: str
     shards: tuple[Shard, ...]
-    channels: int = 3  # that they were decoded to
+    channels: int = PLAIN.channels  # that they were decoded to
+    white: int = PLAIN.white  # level of more than 8 bits that became 255
     format: str = FORMAT
 
     def to_json(self) -> str:

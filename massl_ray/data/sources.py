@@ -5,7 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
-from massl_ray.data.decode import MAX_PIXELS, UNREADABLE, Encoded, reason
+from massl_ray.data.decode import PLAIN, UNREADABLE, Decoding, Encoded, reason
 from massl_ray.data.demo import demo_folder
 from massl_ray.data.files import SUFFIXES, by_folder, find, from_list, is_pattern, matches, suffix
 from massl_ray.data.listing import Listing
@@ -45,14 +45,14 @@ def open_source(source: str, part: str = "train", cache_gb: float = 50.0) -> Lis
     return images
 
 
-def probe(images: Listing, max_unreadable: float, max_pixels: int = MAX_PIXELS, channels: int = 3, at_most: int = 256) -> None:
+def probe(images: Listing, max_unreadable: float, how: Decoding = PLAIN, at_most: int = 256) -> None:
     """Decode a spread-out few of the images before any work starts.
 
     Raises UserError if more than `max_unreadable` (a share) of them cannot be read, naming the first.
     """
     tried = np.unique(np.linspace(0, len(images) - 1, min(at_most, len(images))).astype(np.int64))
     with ThreadPoolExecutor(4) as pool:
-        faults = list(pool.map(lambda sample: fault(images, sample, max_pixels, channels), tried))
+        faults = list(pool.map(lambda sample: fault(images, sample, how), tried))
     broken = [(images.path(sample), reason) for sample, reason in zip(tried, faults, strict=True) if reason]
     if len(broken) > max_unreadable * len(tried):
         path, reason = broken[0]
@@ -64,10 +64,10 @@ def probe(images: Listing, max_unreadable: float, max_pixels: int = MAX_PIXELS, 
         )
 
 
-def fault(images: Listing, sample: int, max_pixels: int = MAX_PIXELS, channels: int = 3) -> str | None:
+def fault(images: Listing, sample: int, how: Decoding = PLAIN) -> str | None:
     """Why an image cannot be read, or None."""
     try:
-        Encoded(images.read(sample), max_pixels, channels).pixels()
+        Encoded(images.read(sample), how).pixels()
     except UNREADABLE as error:
         return reason(error)
     return None

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from massl_ray.config import Config, DataSection
-from massl_ray.data.decode import UNREADABLE, Encoded
+from massl_ray.data.decode import UNREADABLE, Decoding, Encoded
 from massl_ray.data.listing import Listing
 from massl_ray.method.resampling import resized
 from massl_ray.method.views import center_view
@@ -67,7 +67,7 @@ def _chunks(listing: Listing, view: Callable[[np.ndarray], np.ndarray], data: Da
 
     def load(sample: int) -> np.ndarray | None:
         try:
-            return view(Encoded(listing.read(sample), data.max_pixels, data.channels).pixels()[0])
+            return view(Encoded(listing.read(sample), Decoding.of(data)).pixels()[0])
         except UNREADABLE:
             return None
 

@@ -21,6 +21,7 @@ class Layout:
     max_workers: int
     use_gpu: bool
     per_worker: Mapping[str, float]  # resources
+    tasks: int | None = None  # of Ray Data for each worker; None: by the CPUs there are
 
 
 def plan_layout(config: Config, num_micro_batches: int) -> Layout:
@@ -37,7 +38,8 @@ def plan_layout(config: Config, num_micro_batches: int) -> Layout:
     most = max(config.elastic.min_workers, min(most, num_micro_batches))
     smallest = min((resources["CPU"] for resources in nodes if resources.get("CPU", 0) >= 1), default=1.0)
     per_worker = {"CPU": 1 - DATA_TASK_CPUS, "GPU": 1.0} if use_gpu else {"CPU": (1 - DATA_TASK_CPUS) * min(threads, smallest)}
-    return Layout(config.elastic.min_workers, most, use_gpu, per_worker)
+    tasks = None if config.data.tasks == "auto" else config.data.tasks
+    return Layout(config.elastic.min_workers, most, use_gpu, per_worker, tasks)
 
 
 def fitting(layout: Layout, nodes: Iterable[Mapping[str, float]]) -> int:
@@ -71,6 +73,8 @@ class DataTasks:
 def data_tasks(layout: Layout, world_size: int) -> DataTasks:
     """One for each of a worker's share of the CPUs that no worker computes with. A task reserves a whole CPU where any machine can
     spare one, so that Ray does not run more of them at a time than there are CPUs."""
+    if layout.tasks:
+        return DataTasks(layout.tasks, DATA_TASK_CPUS)  # others may compute beside this run: a whole CPU may never be free
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU", 0) >= 1]
     reserved = layout.per_worker["CPU"]
     spare = min((node["CPU"] - reserved * fitting(layout, [node]) for node in nodes), default=0.0)

@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 
 from massl_ray.config import DataSection
-from massl_ray.data.decode import UNREADABLE, Encoded
+from massl_ray.data.decode import UNREADABLE, Decoding, Encoded
 from massl_ray.data.listing import Listing
 
 GAP = 4  # pixels between tiles
@@ -60,7 +60,7 @@ def add_pictures(entries: Iterable[dict[str, Any]], listing: Listing, data: Data
     where an image cannot be read any more."""
     for entry in entries:
         try:
-            pixels, _ = Encoded(listing.read(entry["sample"]), data.max_pixels, data.channels).pixels()
+            pixels, _ = Encoded(listing.read(entry["sample"]), Decoding.of(data)).pixels()
             entry["picture"] = base64.b64encode(png_bytes(thumbnail(shown(pixels)))).decode()
         except UNREADABLE:
             entry["picture"] = None

@@ -1,4 +1,4 @@
-"""One run at a time in a run directory."""
+"""One run at a time in a run directory; one `massl-ray prepare` in a folder of shards."""
 
 import fcntl
 import json
@@ -26,7 +26,7 @@ def _print(text: str) -> None:
 
 @contextmanager
 def hold(folder: Place, interval_s: float = INTERVAL_S, note: Callable[[str], None] = _print) -> Iterator[threading.Event]:
-    """Hold a run directory for as long as this lasts. Gives an event that is set if another run took it over meanwhile, which
+    """Hold a folder for as long as this lasts. Gives an event that is set if another run took it over meanwhile, which
     can happen only away from local disks, to a run that showed no sign of life for SILENT intervals of `interval_s` seconds.
 
     On a local disk the kernel holds the lock and frees it when the process ends, however it ends. Elsewhere an object in the
@@ -53,7 +53,7 @@ def _flock(folder: Folder):
         folder.path.mkdir(parents=True, exist_ok=True)
         file = open(folder.path / LOCK, "a+")
     except OSError as error:
-        raise UserError(f"{folder} cannot be locked ({reason(error)}). Choose another --run.dir.") from None
+        raise UserError(f"{folder} cannot be locked ({reason(error)}). Choose another folder.") from None
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -91,7 +91,7 @@ def _heartbeat(folder: Folder, interval_s: float, note: Callable[[str], None]) -
         if not _is_ours(folder, token):  # another newcomer at the same moment; if it writes later still, the first beat tells
             raise _in_use(folder, _read(folder) or "")
     except OSError as error:
-        raise UserError(f"{folder} cannot be locked ({reason(error)}). Choose another --run.dir.") from None
+        raise UserError(f"{folder} cannot be locked ({reason(error)}). Choose another folder.") from None
     thread = threading.Thread(target=beat, name="lock", daemon=True)
     thread.start()
     try:
@@ -145,4 +145,4 @@ def _holder(content: str) -> str:
 
 
 def _in_use(folder: Folder, content: str) -> UserError:
-    return UserError(f"{folder} is in use by {_holder(content)}. Wait until it has ended, stop it, or choose another --run.dir.")
+    return UserError(f"{folder} is in use by {_holder(content)}. Wait until it has ended, stop it, or choose another folder.")

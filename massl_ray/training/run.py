@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from massl_ray.config import IMAGENET_GRAY, Config, Resolved, decided_as, fill, keys, parse_toml, resolve, to_toml, validate
+from massl_ray.data.decode import Decoding
 from massl_ray.data.demo import cache_folder
 from massl_ray.data.listing import Listing
 from massl_ray.data.order import Windows
@@ -79,7 +80,7 @@ def prepare_run(config: Config) -> Run:
         config = decided_as(earlier, config)
     images = open_source(config.data.source, cache_gb=config.data.cache_gb)
     images = _windowed(images, config.data.window)
-    probe(images, config.data.max_skipped, config.data.max_pixels, config.data.channels)
+    probe(images, config.data.max_skipped, Decoding.of(config.data))
     config = _normalized(config, images)
     resolved = resolve(config, len(images))
     filled = fill(config, resolved)
