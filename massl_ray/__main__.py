@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 COMMANDS = {
     "train": "pretrain a backbone on a folder of images",
+    "sweep": "train at many settings, and say which to choose",
     "doctor": "look at every image before training does",
     "prepare": "write any source of images into shards that are read fast",
     "report": "write report.html anew from a run directory",

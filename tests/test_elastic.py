@@ -2,6 +2,7 @@
 that are pretended and processes that are killed."""
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -9,6 +10,7 @@ import threading
 import time
 from contextlib import suppress
 from pathlib import Path
+from statistics import median
 
 import pytest
 
@@ -22,8 +24,8 @@ from tests.images import TINY, write_images
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.elastic]
 
-STEPS = 240  # so many that a machine has joined before they are done, also on a busy computer
-FLAGS = f"--train.steps {STEPS} --train.checkpoint_every 20 --elastic.max_lost_seconds 2 --elastic.timeout_seconds 60".split()
+LEAST_STEPS, RUN_S = 240, 75.0  # of a run: a machine that is lost and another one that comes take half of that time
+FLAGS = "--train.checkpoint_every 20 --elastic.max_lost_seconds 2 --elastic.timeout_seconds 60".split()
 
 
 @pytest.fixture(scope="module")
@@ -38,22 +40,36 @@ def cluster():
         yield cluster
 
 
+@pytest.fixture(scope="module")
+def steps(images, tmp_path_factory, cluster) -> int:
+    """So many that everything has happened before they are done, however fast the computer is."""
+    folder = tmp_path_factory.mktemp("pace") / "run"
+    flags = ["--data.source", str(images), "--run.dir", str(folder), "--train.steps", "60"]
+    run = claim_directory(prepare_run(load([*TINY, *FLAGS, *flags])))
+    run_through(run, cluster, lambda event: None)
+    step_s = run.resolved.batch_size / median(line["images_per_s"] for line in read_metrics(run.dir))
+    return max(LEAST_STEPS, 20 * math.ceil(RUN_S / step_s / 20))
+
+
 @pytest.fixture
-def prepared(images, tmp_path):
-    def prepared(*flags: str, workers: tuple[int, int] = (1, 2), name: str = "run") -> Run:
+def prepared(images, tmp_path, steps):
+    def prepared(*flags: str, workers: tuple[int, int] = (1, 2), name: str = "run", times: int = 1) -> Run:
+        """A run of `times` as many steps."""
         least, most = map(str, workers)
         elastic = ["--elastic.min_workers", least, "--elastic.max_workers", most]
         source = ["--data.source", str(images), "--run.dir", str(tmp_path / name)]
-        return claim_directory(prepare_run(load([*TINY, *FLAGS, *elastic, *source, *flags])))
+        long = ["--train.steps", str(times * steps)]
+        return claim_directory(prepare_run(load([*TINY, *FLAGS, *long, *elastic, *source, *flags])))
 
     return prepared
 
 
 @pytest.fixture(scope="module")
-def undisturbed(images, tmp_path_factory, cluster) -> str:
+def undisturbed(images, tmp_path_factory, cluster, steps) -> str:
     """state_sha256 of a run that nothing happens to."""
     folder = tmp_path_factory.mktemp("undisturbed") / "run"
-    run = claim_directory(prepare_run(load([*TINY, *FLAGS, "--data.source", str(images), "--run.dir", str(folder)])))
+    flags = ["--data.source", str(images), "--run.dir", str(folder), "--train.steps", str(steps)]
+    run = claim_directory(prepare_run(load([*TINY, *FLAGS, *flags])))
     run_through(run, cluster, lambda event: None)
     return final_hash(run)
 
@@ -65,7 +81,7 @@ def transitions(run: Run) -> list[dict]:
 def check_whole(run: Run, undisturbed: str) -> None:
     """The same bits, one line of metrics a step, and no more repeated than was allowed."""
     assert final_hash(run) == undisturbed
-    assert [line["step"] for line in read_metrics(run.dir)] == list(range(1, STEPS + 1))
+    assert [line["step"] for line in read_metrics(run.dir)] == list(range(1, run.resolved.steps + 1))
 
 
 def go_through(run: Run, cluster: PracticeCluster, script) -> list[dict]:
@@ -306,8 +322,8 @@ def test_soak(prepared, cluster, undisturbed):
     import numpy as np
 
     random = np.random.default_rng(0)
-    run = prepared("--train.steps", "1200", name="soak")
-    calm = prepared("--train.steps", "1200", name="calm")
+    run = prepared(name="soak", times=5)
+    calm = prepared(name="calm", times=5)
     happened: list[str] = []
 
     def script(scenario):
@@ -331,4 +347,4 @@ def test_soak(prepared, cluster, undisturbed):
     mend(cluster)
     run_through(calm, cluster, lambda event: None)
     assert len(happened) == 20 and final_hash(run) == final_hash(calm)
-    assert [line["step"] for line in read_metrics(run.dir)] == list(range(1, 1201))
+    assert [line["step"] for line in read_metrics(run.dir)] == list(range(1, run.resolved.steps + 1))

@@ -100,7 +100,7 @@ def run_dir(claimed, tmp_path) -> Path:
 @pytest.fixture
 def empty_charts(monkeypatch):
     """No drawing, which is what takes the time."""
-    monkeypatch.setattr(html, "_chart", lambda *_: "data:image/svg+xml;base64,")
+    monkeypatch.setattr(html, "chart", lambda *_: "data:image/svg+xml;base64,")
 
 
 # ---- states of a run -------------------------------------------------------------------------------------------------

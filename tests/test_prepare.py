@@ -87,13 +87,13 @@ def test_two_at_once(source, tmp_path, capsys):
 @pytest.mark.slow
 def test_ended_and_run_again(tmp_path):
     """Killed in the middle: what was done is kept, and the result is that of a run that was not."""
-    source = write_folder(tmp_path / "source", encoded_images(400, side=90))
+    source = write_folder(tmp_path / "source", encoded_images(2_000, side=90))
     assert run(source, tmp_path / "whole", "--shard-mb", 1).returncode == 0
     command = [sys.executable, "-m", "massl_ray.prepare", str(source), str(tmp_path / "out"), "--shard-mb", "1"]
     first = subprocess.Popen(command, env=plain_environment(), start_new_session=True, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 60
     while not list((tmp_path / "out" / ".work").glob("shard-*.json")) and time.monotonic() < deadline:
-        time.sleep(0.02)
+        time.sleep(0.005)
     first.send_signal(signal.SIGINT)
     assert first.wait(60) == 130 and not (tmp_path / "out" / "manifest.json").exists()
     kept = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("shard-*.arrow") if _done(path)}
@@ -101,7 +101,7 @@ def test_ended_and_run_again(tmp_path):
     assert run(source, tmp_path / "out", "--shard-mb", 1).returncode == 0
     assert all(path.stat().st_mtime_ns == written for path, written in kept.items())
     assert (tmp_path / "out" / "manifest.json").read_text() == (tmp_path / "whole" / "manifest.json").read_text()
-    assert len(json.loads((tmp_path / "out" / "manifest.json").read_text())["shards"]) == 10
+    assert len(json.loads((tmp_path / "out" / "manifest.json").read_text())["shards"]) == 50
 
 
 def _done(shard: Path) -> bool:

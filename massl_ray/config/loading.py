@@ -30,17 +30,22 @@ def load(argv: Sequence[str], prog: str = "massl-ray train") -> Config:
     if "-h" in rest or "--help" in rest:
         _help(prog).print_help()
         raise SystemExit(0)
-    _check_flags(rest)
+    flags = read_flags(rest)
     values: dict[str, Any] = {}
     if layers.preset or not layers.config:
         values = read_preset(layers.preset or "demo")
     if layers.config:
         values = merge(values, read_toml(Path(layers.config)))
+    return validate(merge(values, flags))
+
+
+def read_flags(argv: Sequence[str]) -> dict[str, Any]:
+    """Nested values of `--section.key value`. Raises UserError for an unknown key."""
+    _check_flags(argv)
     try:
-        flags = CliSettingsSource(Config, cli_parse_args=rest, cli_exit_on_error=False, cli_parse_none_str="none")()
+        return dict(CliSettingsSource(Config, cli_parse_args=list(argv), cli_exit_on_error=False, cli_parse_none_str="none")())
     except SettingsError as error:
         raise UserError(f"The flags could not be read: {str(error).removeprefix('error parsing CLI: ')}. See --help.") from None
-    return validate(merge(values, flags))
 
 
 def validate(values: Mapping[str, Any]) -> Config:

@@ -42,18 +42,22 @@ def write_report(run_dir: Path) -> Path:
         _neighbours(run_dir),
         _settings(config),
     ]
-    head = "<meta charset='utf-8'><meta name='viewport' content='width=device-width'>"
-    head += f"<title>{_text(run_dir.name)}</title><style>{STYLE}</style>"
-    page = f"<!doctype html><html lang='en'><head>{head}</head><body>{''.join(sections)}</body></html>\n"
     path = run_dir / "report.html"
-    write_atomically(path, page)
+    write_atomically(path, page(run_dir.name, sections))
     return path
 
 
+def page(title: str, sections: Sequence[str]) -> str:
+    """A page of its own: nothing is fetched from anywhere."""
+    head = "<meta charset='utf-8'><meta name='viewport' content='width=device-width'>"
+    head += f"<title>{text(title)}</title><style>{STYLE}</style>"
+    return f"<!doctype html><html lang='en'><head>{head}</head><body>{''.join(sections)}</body></html>\n"
+
+
 def _head(run_dir: Path, config: dict[str, Any], lines: list[dict[str, Any]], knn: list[dict[str, Any]]) -> str:
-    model = f"{_text(config['model']['backbone'])} on {_text(config['data']['source'])}"
+    model = f"{text(config['model']['backbone'])} on {text(config['data']['source'])}"
     if not lines:
-        return f"<h1>{_text(run_dir.name)}</h1><p>{model}. No step is recorded yet.</p>"
+        return f"<h1>{text(run_dir.name)}</h1><p>{model}. No step is recorded yet.</p>"
     last = lines[-1]
     figures = [
         (f"{last['step']:,}", f"steps of {config['train']['steps']:,}"),
@@ -65,7 +69,7 @@ def _head(run_dir: Path, config: dict[str, Any], lines: list[dict[str, Any]], kn
     trained = [record for record in knn if record["features"] not in names]
     figures += [(f"{trained[-1]['top1']:.1%}", f"k-NN, step {trained[-1]['step']:,}")] if trained else []
     cells = "".join(f"<div><b>{value}</b>{name}</div>" for value, name in figures)
-    return f"<h1>{_text(run_dir.name)}</h1><p>{model}</p><div class='figures'>{cells}</div>"
+    return f"<h1>{text(run_dir.name)}</h1><p>{model}</p><div class='figures'>{cells}</div>"
 
 
 def _charts(config: dict[str, Any], lines: list[dict[str, Any]], knn: list[dict[str, Any]]) -> str:
@@ -120,19 +124,21 @@ def _charts(config: dict[str, Any], lines: list[dict[str, Any]], knn: list[dict[
             lambda axes: axes.plot(steps, [100 * share for share in curve("data_wait")], color=BLUE) and None,
         ),
     ]
-    images = "".join(f"<img alt='{_text(title)}' src='{_chart(title, unit, draw)}'>" for title, unit, draw in charts)
+    images = "".join(f"<img alt='{text(title)}' src='{chart(title, unit, draw)}'>" for title, unit, draw in charts)
     return f"<h2>Training</h2><div class='charts'>{images}</div>"
 
 
-def _chart(title: str, unit: str, draw: Callable[[Axes], None]) -> str:
+def chart(title: str, unit: str, draw: Callable[[Axes], None], xlabel: str = "step") -> str:
+    """The URL of a picture."""
     figure = Figure(figsize=(5.6, 3.2), layout="constrained")
     axes = figure.add_subplot()
+    axes.grid(axis="y", color="#e4e6ea")
+    axes.set_axisbelow(True)
     draw(axes)
     axes.set_title(title, loc="left", fontsize=11)
-    axes.set_xlabel("step")
+    axes.set_xlabel(xlabel)
     axes.set_ylabel(unit)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(axis="y", color="#e4e6ea")
     buffer = io.BytesIO()
     figure.savefig(buffer, format="svg")
     return _data_url("image/svg+xml", buffer.getvalue())
@@ -157,10 +163,10 @@ def _neighbours(run_dir: Path) -> str:
         return ""
     rows = ""
     for query in json.loads(path.read_text()):
-        cells = [_picture(query, _text(query["class"] or "query"))]
+        cells = [_picture(query, text(query["class"] or "query"))]
         for near in query["neighbours"]:
             same = " class='same'" if query["class"] and near["class"] == query["class"] else ""
-            caption = f"<span{same}>{_text(near['class'] or '')}</span> {near['similarity']:.2f}"
+            caption = f"<span{same}>{text(near['class'] or '')}</span> {near['similarity']:.2f}"
             cells.append(_picture(near, caption))
         rows += "<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>"
     note = (
@@ -174,19 +180,20 @@ def _picture(entry: dict[str, Any], caption: str) -> str:
     picture, path = entry.get("picture"), entry["path"]
     if not picture:
         return f"{caption} (gone)"
-    return f"<img alt='{_text(Path(path).name)}' title='{_text(path)}' src='data:image/png;base64,{_text(picture)}'>{caption}"
+    return f"<img alt='{text(Path(path).name)}' title='{text(path)}' src='data:image/png;base64,{text(picture)}'>{caption}"
 
 
 def _settings(config: dict[str, Any]) -> str:
     rows: Sequence[str] = [
-        f"<tr><td>{_text(section)}.{_text(key)}</td><td>{_text(value)}</td></tr>"
+        f"<tr><td>{text(section)}.{text(key)}</td><td>{text(value)}</td></tr>"
         for section, values in config.items()
         for key, value in values.items()
     ]
     return f"<h2>Settings</h2><details><summary>All {len(rows)} settings</summary><table>{''.join(rows)}</table></details>"
 
 
-def _text(value: object) -> str:
+def text(value: object) -> str:
+    """As HTML shows it."""
     return html.escape(str(value), quote=True).encode(errors="replace").decode()  # file names may be any bytes
 
 

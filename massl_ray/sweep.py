@@ -1,0 +1,119 @@
+"""massl-ray sweep SPEC.toml: many runs over the points of a space, and which of them to choose."""
+
+import argparse
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from massl_ray.config import Config, load, read_flags, to_toml
+from massl_ray.config.space import Sweep, base_of, plan, read_sweep, words
+from massl_ray.errors import UserError
+
+SPEC, BASE = "sweep.toml", "base.toml"
+SHOWN = 5  # of the points that cannot be run
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Returns the exit code: 0 done, 1 no trial finished, 2 a mistake in what was asked for, 130 ended by Ctrl-C."""
+    parser = argparse.ArgumentParser(
+        prog="massl-ray sweep",
+        usage="massl-ray sweep SPEC.toml --run.dir DIR [--section.key VALUE ...], or massl-ray sweep --resume DIR",
+        description="Train at every point of a space. Leaves results.csv, best.toml and report.html in DIR; each trial is a run "
+        "directory in DIR/trials. Settings of all trials are given as to massl-ray train.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("spec", nargs="?", type=Path, help="a file like those in sweeps/")
+    parser.add_argument("--resume", type=Path, metavar="DIR", help="continue the sweep in this directory")
+    try:
+        arguments, flags = parser.parse_known_args(argv)
+        if arguments.resume:
+            if arguments.spec or flags:
+                raise UserError("--resume takes a directory and nothing else: a sweep goes on with the settings that it has.")
+            return _sweep(*_earlier(arguments.resume))
+        if not arguments.spec:
+            raise UserError("Give a file like those in sweeps/ and --run.dir DIR, or --resume DIR.")
+        sweep = read_sweep(arguments.spec)
+        return _sweep(arguments.spec.read_text(), sweep, base_of(sweep, read_flags(flags)))
+    except UserError as error:
+        print(f"massl-ray: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("Stopped. The same command, or massl-ray sweep --resume DIR, goes on with it.", file=sys.stderr)
+        return 128 + signal.SIGINT
+
+
+def _earlier(root: Path) -> tuple[str, Sweep, Config]:
+    if not (root / SPEC).is_file() or not (root / BASE).is_file():
+        raise UserError(f"{root} holds no sweep: it has no {SPEC} and {BASE}. Give the --run.dir of a sweep.")
+    return (root / SPEC).read_text(), read_sweep(root / SPEC), load(["--config", str(root / BASE), "--run.dir", str(root)])
+
+
+def _sweep(text: str, sweep: Sweep, base: Config) -> int:
+    from massl_ray.data.sources import open_source  # late: a mistake is answered at once
+    from massl_ray.storage import Folder
+    from massl_ray.sweeping.results import write_results
+    from massl_ray.sweeping.trials import is_over, trials_of
+    from massl_ray.training.lock import hold
+    from massl_ray.training.run import write_atomically
+
+    root = Path(base.run.dir).absolute()
+    images = open_source(base.data.source, cache_gb=base.data.cache_gb)
+    found = plan(sweep, base, len(images))
+    for point, fault in found.refused[:SHOWN]:
+        print(f"Left out  {words(point)}: {fault}")
+    if more := found.refused[SHOWN:]:
+        print(f"          and {len(more):,} more")
+    trials = trials_of(found, sweep.sweep.seeds)
+    _claim(root, text, to_toml(base))
+    with hold(Folder(root)):
+        write_atomically(root / SPEC, text)
+        write_atomically(root / BASE, to_toml(base))
+        left = [trial for trial in trials if not is_over(root, trial)]
+        still = f", {len(left):,} left" if len(left) < len(trials) else ""
+        print(f"Trials    {len(trials):,} of {len(found.points):,} points{still}")
+        try:
+            if left:
+                _run(root, sweep, base, len(images), left)
+        finally:
+            scores = write_results(root, sweep, base, trials)
+    print(f"Results   {root}/results.csv, best.toml and report.html")
+    return 0 if scores else 1
+
+
+def _claim(root: Path, text: str, base: str) -> None:
+    """Raises UserError where the directory holds another sweep, or something else."""
+    names = [path.name for path in root.iterdir() if path.name[0] != "."] if root.is_dir() else []
+    if SPEC not in names:
+        if names:
+            raise UserError(f"run.dir: {root} exists and is not a sweep. Choose another --run.dir.")
+        root.mkdir(parents=True, exist_ok=True)
+    elif (root / SPEC).read_text() != text or (root / BASE).read_text() != base:
+        raise UserError(f"run.dir: {root} holds a sweep of another space or other settings. Choose another --run.dir.")
+
+
+def _run(root: Path, sweep: Sweep, base: Config, count: int, trials: list) -> None:
+    from massl_ray.config import resolve
+    from massl_ray.on_ray.cluster import cluster
+    from massl_ray.on_ray.tune import room, run_trials
+    from massl_ray.sweeping.table import SweepTable
+    from massl_ray.sweeping.trials import write_settings
+
+    with cluster(), SweepTable(root, trials, sweep.sweep.metric):
+        fitting = room(base, sweep.sweep.workers)
+        at_once = fitting if sweep.sweep.at_once == "auto" else min(fitting, sweep.sweep.at_once)
+        if sweep.sweep.at_once != "auto" and sweep.sweep.at_once > fitting:
+            print(f"The cluster holds {fitting} at once, not {sweep.sweep.at_once}: the others wait.")
+        run_trials(
+            trials,
+            root,
+            lambda trial: write_settings(root, trial, base, sweep.sweep.workers, shared=at_once > 1),
+            sweep.sweep.metric,
+            sweep.sweep.scheduler,
+            at_once,
+            resolve(base, count).total_images,
+        )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Sweeps: many runs of the trainer, and what they say together."""

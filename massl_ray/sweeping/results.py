@@ -1,0 +1,52 @@
+"""What a sweep leaves: results.csv and results.parquet, a line a trial; best.toml for `massl-ray train --config`; report.html."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.csv
+import pyarrow.parquet
+
+from massl_ray.config import Config, to_toml
+from massl_ray.config.space import Sweep, at
+from massl_ray.sweeping.page import write_page
+from massl_ray.sweeping.trials import Row, Score, Trial, row_of, scores
+from massl_ray.training.run import write_atomically
+
+FIGURES = ("status", "cause", "seconds", "images_seen", "knn", "effective_rank", "loss")
+
+
+def write_results(root: Path, sweep: Sweep, base: Config, trials: Sequence[Trial]) -> list[Score]:
+    """Write all of them anew from the trials' directories; returns the points, best first."""
+    rows = [row_of(root, trial) for trial in trials]
+    table = to_table(rows)
+    _aside(root / "results.csv", lambda path: pyarrow.csv.write_csv(table, path))
+    _aside(root / "results.parquet", lambda path: pyarrow.parquet.write_table(table, path))
+    found = scores(rows, sweep.sweep.metric)
+    if found:
+        best = at(base, found[0].point | {"run.dir": str(root / "best")})
+        write_atomically(root / "best.toml", to_toml(best))
+    write_page(root, sweep, rows, found)
+    return found
+
+
+def to_table(rows: Sequence[Row]) -> pa.Table:
+    """A column for each setting of the space, then the figures."""
+    columns: dict[str, list] = {"trial": [row.trial.name for row in rows]}
+    columns |= {key: [row.trial.point[key] for row in rows] for key in rows[0].trial.point}
+    columns["run.seed"] = [row.trial.seed for row in rows]
+    columns |= {name: [getattr(row, name) for row in rows] for name in FIGURES}
+    return pa.table({name: _column(values) for name, values in columns.items()})
+
+
+def _column(values: Sequence[Any]) -> pa.Array:
+    """Numbers, words and truth values as they are, everything else in words; nan is null."""
+    kinds = {type(value) for value in values}
+    return pa.array(values if kinds <= {int, float} or kinds in ({str}, {bool}) else list(map(str, values)), from_pandas=True)
+
+
+def _aside(path: Path, write: Callable[[Path], object]) -> None:
+    aside = path.with_name(f".{path.name}")
+    write(aside)
+    aside.replace(path)

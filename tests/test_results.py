@@ -1,0 +1,102 @@
+"""What a sweep leaves: the table, the best settings, the page."""
+
+import csv
+import json
+import math
+from pathlib import Path
+
+import pyarrow.parquet
+import pytest
+
+from massl_ray.config import load
+from massl_ray.config.space import Sweep, base_of
+from massl_ray.sweeping.page import importance
+from massl_ray.sweeping.results import to_table, write_results
+from massl_ray.sweeping.trials import Outcome, Row, Trial, folder_of, write_outcome
+from tests.helpers import metrics_line
+from tests.test_html import Page
+
+SPEC = Sweep(space={"memory.size": {"choice": [64, 128]}, "memory.num_blocks": {"choice": [2, 4]}})  # type: ignore[dict-item]
+
+
+def write_trial(root: Path, name: str, size: int, blocks: int, seed: int, top1: float | None, status: str = "finished") -> Trial:
+    trial = Trial(name, {"memory.size": size, "memory.num_blocks": blocks}, seed)
+    folder = folder_of(root, trial)
+    (folder / "eval").mkdir(parents=True)
+    if top1 is not None:
+        (folder / "metrics.jsonl").write_text(json.dumps(metrics_line(10)) + "\n")
+        record = {"features": "step_10", "step": 10, "top1": top1}
+        (folder / "eval" / "knn_step_10.json").write_text(json.dumps(record))
+    if status != "waiting":
+        write_outcome(root, trial, Outcome(status, 30.0, "<b>no</b> memory" if status == "failed" else ""))
+    return trial
+
+
+@pytest.fixture
+def trials(tmp_path) -> list[Trial]:
+    figures = {(64, 2): (0.50, 0.52), (64, 4): (0.60, 0.62), (128, 2): (0.40, 0.42)}
+    made = [
+        write_trial(tmp_path, f"{size}-{blocks}-{seed}", size, blocks, seed, top1)
+        for (size, blocks), both in figures.items()
+        for seed, top1 in enumerate(both)
+    ]
+    return [*made, write_trial(tmp_path, "f", 128, 4, 0, None, "failed"), write_trial(tmp_path, "w", 128, 4, 1, None, "waiting")]
+
+
+def test_results(tmp_path, trials):
+    base = base_of(SPEC, {"train": {"steps": 10}})
+    found = write_results(tmp_path, SPEC, base, trials)
+    assert [tuple(score.point.values()) for score in found] == [(64, 4), (64, 2), (128, 2)]
+    rows = list(csv.DictReader((tmp_path / "results.csv").open()))
+    assert len(rows) == 8 and list(rows[0])[:5] == ["trial", "memory.size", "memory.num_blocks", "run.seed", "status"]
+    assert rows[3] | {"trial": "64-4-1", "memory.size": "64", "memory.num_blocks": "4", "run.seed": "1", "knn": "0.62"} == rows[3]
+    assert (rows[6]["status"], rows[6]["cause"], rows[6]["knn"]) == ("failed", "<b>no</b> memory", "")
+    table = pyarrow.parquet.read_table(tmp_path / "results.parquet")
+    assert table["knn"].to_pylist() == [0.50, 0.52, 0.60, 0.62, 0.40, 0.42, None, None]
+    best = load(["--config", str(tmp_path / "best.toml")])
+    assert (best.memory.size, best.memory.num_blocks, best.train.steps, best.run.dir) == (64, 4, 10, str(tmp_path / "best"))
+
+
+def test_the_page(tmp_path, trials):
+    write_results(tmp_path, SPEC, base_of(SPEC), trials)
+    page = Page(tmp_path / "report.html")
+    assert "memory.size 64, memory.num_blocks 4" in page.text and "61.0%" in page.texts
+    # two points of two seeds each: 10 points apart, deviations of 1.4
+    assert "It leads by 10.0%, more than twice the standard error of such a difference (1.4%)." in page.text
+    assert list(page.images()) == [
+        "k-NN accuracy (%) by memory",
+        "k-NN accuracy by memory.size",
+        "k-NN accuracy by memory.num_blocks",
+        "Variance that each setting explains alone",
+        "Points side by side (orange: the best)",
+        "k-NN accuracy on the way",
+    ]
+    assert "failed: <b>no</b> memory" in page.texts  # as text
+    assert {attributes["href"] for tag, attributes in page.tags if tag == "a"} == {
+        f"trials/{trial.name}/report.html" for trial in trials[:6]
+    }
+
+
+def test_nothing_has_finished(tmp_path):
+    trial = write_trial(tmp_path, "w", 64, 2, 0, None, "waiting")
+    assert write_results(tmp_path, SPEC, base_of(SPEC), [trial]) == []
+    assert "No trial has finished yet." in Page(tmp_path / "report.html").texts and not (tmp_path / "best.toml").exists()
+
+
+def test_importance_by_hand():
+    points = [{"a": a, "b": b} for a in (1, 2) for b in (1, 2)]
+    shares = importance(points, [0.0, 1.0, 4.0, 5.0])  # 4 for each step of a, 1 of b: variances 4 and 0.25
+    assert shares == pytest.approx({"a": 16 / 17, "b": 1 / 17})
+    assert importance(points, [3.0] * 4) == {"a": 0.0, "b": 0.0}
+
+
+def test_columns_of_any_kind():
+    points = [
+        {"model.backbone": "a", "data.test_source": None, "views.blur": (0.1, 0.2)},
+        {"model.backbone": "b", "data.test_source": "x", "views.blur": (1, 2)},
+    ]
+    rows = [Row(Trial("t", point, 0), "finished", "", 1.0, 1, math.nan, 0, 1, 2.0, 3) for point in points]
+    table = to_table(rows).to_pydict()
+    assert table["model.backbone"] == ["a", "b"] and table["data.test_source"] == ["None", "x"]
+    assert table["views.blur"] == ["(0.1, 0.2)", "(1, 2)"]
+    assert table["knn"] == [None, None] and table["loss"] == [3, 3]

@@ -1,0 +1,104 @@
+"""massl-ray sweep: mistakes, and real sweeps on a real Ray, killed and continued."""
+
+import csv
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from massl_ray.sweep import main
+from tests.images import TINY
+from tests.test_train import plain_environment
+
+SPEC = """
+[sweep]
+metric = "loss"
+[settings.train]
+steps = 6
+[space]
+"model.backbone" = {choice = ["test_vit", "test_vit2", "no_such_net"]}
+"""
+
+
+@pytest.fixture
+def flags(tiny_images, tmp_path) -> list[str]:
+    (tmp_path / "spec.toml").write_text(SPEC)
+    tiny = TINY[2:]  # without --config
+    return [str(tmp_path / "spec.toml"), *tiny, "--data.source", str(tiny_images), "--train.checkpoint_every", "2"]
+
+
+def start(*arguments: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "massl_ray.sweep", *arguments]
+    return subprocess.Popen(command, env=plain_environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def once_there(path: Path, process: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + 120
+    while not path.exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert path.exists()
+
+
+def results(root: Path) -> list[list[str]]:
+    """Without the times."""
+    return [[value for key, value in row.items() if key != "seconds"] for row in csv.DictReader((root / "results.csv").open())]
+
+
+def test_mistakes_are_one_sentence(flags, tmp_path, capsys):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.tex").touch()
+    for argv, words in (
+        ([], "Give a file like those in sweeps/"),
+        (["nowhere.toml"], "nowhere.toml cannot be read"),
+        ([*flags, "--memory.sise", "3"], "There is no setting 'memory.sise'"),
+        ([*flags, "--run.dir", str(tmp_path / "full")], f"{tmp_path}/full exists and is not a sweep. Choose another"),
+        (["--resume", str(tmp_path / "full")], f"{tmp_path}/full holds no sweep"),
+        (["--resume", str(tmp_path), "--train.steps", "3"], "--resume takes a directory and nothing else"),
+    ):
+        assert main(argv) == 2
+        out, err = capsys.readouterr()
+        assert out == "" and words in err and err.count("\n") == 1, argv
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_killed_and_continued(flags, tmp_path):
+    """One of three trials cannot run, which the others do not mind. A sweep whose command is killed ends with the same table."""
+    whole = start(*flags, "--run.dir", str(tmp_path / "whole"))
+    out, err = whole.communicate()
+    assert whole.returncode == 0, err
+    expected = results(tmp_path / "whole")
+    assert [row[3] for row in expected] == ["finished", "finished", "failed"] and "no_such_net" in expected[2][4]
+    assert "2-seed-0  failed in" in out and (tmp_path / "whole" / "trials" / "0-seed-0" / "summary.json").exists()
+
+    root = tmp_path / "often"
+    killed = start(*flags, "--run.dir", str(root))
+    once_there(root / "trials" / "1-seed-0" / "checkpoints" / "step_2", killed)
+    killed.kill()
+    killed.communicate()
+    first = root / "trials" / "0-seed-0" / "trial.json"
+    written = os.stat(first).st_mtime_ns
+    again = start("--resume", str(root))
+    _, err = again.communicate()
+    assert again.returncode == 0, err
+    assert results(root) == expected and os.stat(first).st_mtime_ns == written  # not repeated
+
+    other = start(*flags, "--run.dir", str(root), "--train.steps", "7")
+    _, err = other.communicate()
+    assert other.returncode == 2 and f"{root} holds a sweep of another space or other settings" in err
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_ctrl_c(flags, tmp_path):
+    root = tmp_path / "sweep"
+    process = start(*flags, "--run.dir", str(root))
+    once_there(root / "trials" / "0-seed-0" / "checkpoints" / "step_2", process)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130 and "--resume DIR, goes on with it" in err
+    assert [row[3] for row in results(root)] == ["waiting"] * 3
