@@ -1,5 +1,6 @@
 """Ray Data as the source of views: this worker's slice of every step's batch, from any step on, in order."""
 
+import sys
 import warnings
 from collections.abc import Generator
 from concurrent.futures import ThreadPoolExecutor, wait
@@ -26,6 +27,7 @@ LEAD = 8  # steps before the end of a dataset at which the next one starts
 # Ray Data plans all tasks of a dataset before the first one runs, in 4 ms each: 0.6 s to the first batch of 64 tasks, 3 s of 256.
 AHEAD = 8  # steps that views are made before they are needed: those that a change of the number of workers finds are lost
 ROWS = 64  # images a task makes views of, at most
+SWITCH_S = 0.0005  # after which threads that look after data hand the interpreter back to the one that trains (0.005)
 IN_LINE = 2  # tasks that wait for each that computes: Ray Data follows up a task that has ended only when its loop looks next
 
 
@@ -37,6 +39,7 @@ def stream_views(
     What comes out depends on (configuration, images, step, share) only, so a restart at any step and any number of workers
     continues with the very next sample.
     """
+    sys.setswitchinterval(SWITCH_S)
     first, last = (edge * run.resolved.micro_batch_size for edge in worker_share(rank, world_size, run.resolved.num_micro_batches))
     share, steps = last - first, run.resolved.steps
     task_rows = next(rows for rows in range(min(share, ROWS), 0, -1) if share % rows == 0)

@@ -1,11 +1,10 @@
 """Rest for the loop in which Ray Data looks after its tasks. Tasks import this, so it imports nothing that is slow."""
 
 import time
-from typing import Any
 
 from ray.data._internal.execution.execution_callback import ExecutionCallback
 
-HUNGRY_S, FED_S = 0.1, 0.3  # from one look to the next, while nothing is ready to be taken and while something is
+LOOK_S = 0.1  # from one look to the next, at least
 
 
 class Pace(ExecutionCallback):
@@ -16,7 +15,6 @@ class Pace(ExecutionCallback):
     def __init__(self) -> None:
         self.looked = 0.0
 
-    def on_execution_step(self, executor: Any) -> None:
-        rest = HUNGRY_S if executor._consumer_idling() else FED_S
-        time.sleep(max(0.0, self.looked + rest - time.monotonic()))
+    def on_execution_step(self, executor: object) -> None:
+        time.sleep(max(0.0, self.looked + LOOK_S - time.monotonic()))
         self.looked = time.monotonic()
