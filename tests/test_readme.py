@@ -38,6 +38,7 @@ def test_every_command_is_known_to_a_test():
     ]
     assert re.findall(r"^\| `massl-ray (\w+)", README, flags=re.MULTILINE) == [
         "train",
+        "sweep",
         "doctor",
         "prepare",
         "report",
