@@ -208,7 +208,7 @@ READ_ELSEWHERE = {
     "data.max_pixels": ("data/decode.py", "data.max_pixels, data.channels, data.white"),
     "data.channels": ("data/decode.py", "data.max_pixels, data.channels, data.white"),
     "data.white": ("data/decode.py", "data.max_pixels, data.channels, data.white"),
-    "data.tasks": ("on_ray/layout.py", "config.data.tasks"),
+    "elastic.view_tasks": ("on_ray/layout.py", "config.elastic.view_tasks"),
     "train.device": ("on_ray/layout.py", "config.train.device"),
     "train.threads": ("on_ray/life.py", "config.train.threads"),
     "train.precision": ("training/state.py", "config.train.precision"),

@@ -132,5 +132,5 @@ def test_data_tasks(monkeypatch, machines, most, world_size, reserved, tasks):
 
 
 def test_data_tasks_as_told(plan):
-    layout = plan([(4, 0)], "--data.tasks 3")
+    layout = plan([(4, 0)], "--elastic.view_tasks 3")
     assert layout == Layout(1, 1, False, {"CPU": 0.75}, 3) and data_tasks(layout, 1) == DataTasks(3, 0.25)

@@ -12,7 +12,7 @@ from tests.helpers import make_images, metrics_line, tiny_run
 
 @pytest.fixture
 def run_dir(tmp_path, monkeypatch):
-    monkeypatch.setattr(html, "_chart", lambda *_: "data:image/svg+xml;base64,")  # drawing takes the time
+    monkeypatch.setattr(html, "chart", lambda *_: "data:image/svg+xml;base64,")  # drawing takes the time
     folder = tiny_run(make_images(tmp_path / "images", 8), tmp_path / "run").dir
     (folder / "metrics.jsonl").write_text(json.dumps(metrics_line(3)) + "\n")
     return folder

@@ -75,7 +75,8 @@ def test_every_auto_is_filled_in(plain):
     assert {key: written[key] for key in expected} == expected
     assert written["optim.warmup_epochs"] == pytest.approx(0.32)  # a tenth of 8 * 4 / 10 epochs
     assert written["loss.teacher_temp_epochs"] == pytest.approx(0.32)
-    assert [key for key, value in written.items() if value == "auto"] == ["train.device", "elastic.max_workers"]
+    still = [key for key, value in written.items() if value == "auto"]
+    assert still == ["train.device", "elastic.max_workers", "elastic.view_tasks"]
     assert (run.resolved.dataset_size, run.resolved.steps, run.resolved.batch_size) == (10, 8, 4)
     assert names(run.images) == [f"{index:03d}.png" for index in range(10)]
 

@@ -42,9 +42,9 @@ def test_settings_are_those_of_the_command(tmp_path):
     config = load(["--config", str(path)])
     assert (config.memory.size, config.loss.teacher_temp, config.run.seed, config.train.steps) == (512, 0.05, 1, 6)
     assert config.run.dir == str(tmp_path / "trials" / "3-seed-1")
-    assert (config.elastic.min_workers, config.elastic.max_workers, config.data.tasks) == (1, 2, 1)
+    assert (config.elastic.min_workers, config.elastic.max_workers, config.elastic.view_tasks) == (1, 2, 1)
     alone = read_toml(write_settings(tmp_path, TRIAL, base, 1, shared=False))
-    assert alone["data"]["tasks"] == "auto"
+    assert alone["elastic"]["view_tasks"] == "auto"
 
 
 @pytest.mark.parametrize(

@@ -42,8 +42,6 @@ class DataSection(Section):
     window: Annotated[int, Field(ge=0)] = 0
     """Shards (or row groups of Parquet) that are shuffled together, for data sets that are larger than data.cache_gb: half of what
     that holds. 0: the whole data set at once."""
-    tasks: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
-    """Tasks that make views at the same time, for each worker. 'auto': by the CPUs that no worker computes with."""
     max_skipped: Share = 0.05
     """Share of unreadable images, among those tried, above which the run stops."""
     max_pixels: Annotated[int, Field(ge=1)] = 200_000_000
@@ -253,6 +251,8 @@ class ElasticSection(Section):
     """Fewest workers to train with."""
     max_workers: Annotated[int, Field(ge=1)] | Auto = "auto"
     """Most workers. auto: one a GPU; without GPUs one a node, leaving at least half of the CPUs to Ray Data."""
+    view_tasks: Annotated[int, Field(ge=1)] | Auto = "auto"
+    """Tasks that make views at the same time, for each worker. auto: by the CPUs that no worker computes with."""
     exact: bool = True
     """Sum over micro-batches in one fixed order, so that the result is the same, bit for bit, at any number of workers.
     false: DistributedDataParallel's order, equal within rounding."""

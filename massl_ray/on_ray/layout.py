@@ -38,7 +38,7 @@ def plan_layout(config: Config, num_micro_batches: int) -> Layout:
     most = max(config.elastic.min_workers, min(most, num_micro_batches))
     smallest = min((resources["CPU"] for resources in nodes if resources.get("CPU", 0) >= 1), default=1.0)
     per_worker = {"CPU": 1 - DATA_TASK_CPUS, "GPU": 1.0} if use_gpu else {"CPU": (1 - DATA_TASK_CPUS) * min(threads, smallest)}
-    tasks = None if config.data.tasks == "auto" else config.data.tasks
+    tasks = None if config.elastic.view_tasks == "auto" else config.elastic.view_tasks
     return Layout(config.elastic.min_workers, most, use_gpu, per_worker, tasks)
 
 

@@ -77,8 +77,8 @@ def write_settings(root: Path, trial: Trial, base: Config, workers: int, *, shar
     config = at(base, trial.point | {"run.seed": trial.seed, "run.dir": str(folder_of(root, trial))})
     values = config.model_dump()
     values["elastic"] |= {"min_workers": 1, "max_workers": workers}
-    if shared and base.data.tasks == "auto":
-        values["data"]["tasks"] = 1
+    if shared and base.elastic.view_tasks == "auto":
+        values["elastic"]["view_tasks"] = 1
     path = root / "settings" / f"{trial.name}.toml"
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, to_toml(validate(values)))

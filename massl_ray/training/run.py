@@ -35,6 +35,7 @@ FREE_TO_CHANGE = (
     "eval.",
     "monitor.",
     "elastic.m",
+    "elastic.view_tasks",
     "elastic.timeout_seconds",
 )
 """Settings that may differ when a run is continued: all but its length leave the result alone, and schedules follow that."""
