@@ -260,6 +260,7 @@ def test_only_these_settings_are_free():
         "monitor.patience",
         "elastic.min_workers",
         "elastic.max_workers",
+        "elastic.view_tasks",
         "elastic.max_lost_seconds",
         "elastic.timeout_seconds",
         "elastic.max_failures",
