@@ -114,8 +114,9 @@ def test_free_seats_are_on_machines_without_any():
 @pytest.mark.parametrize(
     ("machines", "most", "world_size", "reserved", "tasks"),
     [
-        ([12.0], 8, 1, 0.75, DataTasks(11, 1.0)),
-        ([12.0], 8, 3, 0.75, DataTasks(3, 1.0)),
+        ([12.0], 1, 1, 0.75, DataTasks(11, 1.0)),
+        ([12.0], 3, 3, 0.75, DataTasks(3, 1.0)),
+        ([12.0], 4, 3, 0.75, DataTasks(3, 0.25)),  # another worker is wanted
         ([16.0], 2, 2, 3.0, DataTasks(5, 1.0)),
         ([2.0], 1, 1, 0.75, DataTasks(1, 1.0)),
         ([2.0], 2, 2, 0.75, DataTasks(1, 0.25)),  # never none, and what two workers leave is half a CPU
@@ -134,3 +135,8 @@ def test_data_tasks(monkeypatch, machines, most, world_size, reserved, tasks):
 def test_data_tasks_as_told(plan):
     layout = plan([(4, 0)], "--elastic.view_tasks 3")
     assert layout == Layout(1, 1, False, {"CPU": 0.75}, 3) and data_tasks(layout, 1) == DataTasks(3, 0.25)
+
+
+def test_tasks_in_line():
+    """On a machine of one CPU that joins, a run of one worker has its one waiting task, which leaves three quarters to a worker."""
+    assert DataTasks(1, 0.25).waiting == 1 and DataTasks(3, 1.0).waiting == 6

@@ -54,6 +54,6 @@ def test_datasets_have_it(ray_cluster):
 
     context = _dataset(lambda rows: rows, 4, 2, DataTasks(3, 0.5), 5, 2**20).context
     assert Pace in context.custom_execution_callback_classes
-    assert context.execution_options.resource_limits.object_store_memory == (5 + 2 * 9 * 2) * 2**20
-    assert context.execution_options.resource_limits.cpu - context.execution_options.exclude_resources.cpu == 4.5  # six wait
+    assert context.execution_options.resource_limits.object_store_memory == (5 + 2 * 6 * 2) * 2**20
+    assert context.execution_options.resource_limits.cpu - context.execution_options.exclude_resources.cpu == 3.0  # three wait
     assert context.target_max_block_size == 2 * 2 * 2**20

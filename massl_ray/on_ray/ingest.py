@@ -28,7 +28,6 @@ LEAD = 8  # steps before the end of a dataset at which the next one starts
 AHEAD = 8  # steps that views are made before they are needed: those that a change of the number of workers finds are lost
 ROWS = 64  # images a task makes views of, at most
 SWITCH_S = 0.0005  # after which threads that look after data hand the interpreter back to the one that trains (0.005)
-IN_LINE = 2  # tasks that wait for each that computes: Ray Data follows up a task that has ended only when its loop looks next
 
 
 def stream_views(
@@ -100,12 +99,12 @@ def _dataset(make: Any, rows: int, task_rows: int, tasks: DataTasks, ahead: int,
     context.custom_execution_callback_classes = [*context.custom_execution_callback_classes, Pace]
     context.memory_usage_poll_interval_s = None  # a thread in every task, for a figure that nobody looks at
     context.target_max_block_size = 2 * task_rows * row_bytes  # else 128 MB are set aside for each task that runs
-    waiting = IN_LINE * tasks.at_once
-    unread = ahead + 2 * (tasks.at_once + waiting) * task_rows
+    unread = ahead + 2 * (tasks.at_once + tasks.waiting) * task_rows
     room = ExecutionResources(cpu=tasks.at_once * tasks.cpus, object_store_memory=row_bytes * unread)
     options = context.execution_options = ExecutionOptions(preserve_order=True, resource_limits=room)
-    # Ray Data submits no more than would run at once: take away less than nothing of the cluster's CPUs, and some wait at Ray.
-    options._set_exclude_resources(ExecutionResources(cpu=-waiting * tasks.cpus))
+    # Ray Data submits no more than would run at once: take away less than nothing of the cluster's CPUs, and some wait at Ray: it follows up
+    # a task that has ended only when its loop looks next.
+    options._set_exclude_resources(ExecutionResources(cpu=-tasks.waiting * tasks.cpus))
     with DataContext.current(context):
         numbers = ray.data.read_datasource(  # ray.data.range would reserve a whole CPU a task
             RangeDatasource(rows, block_format="arrow", column_name="id"),

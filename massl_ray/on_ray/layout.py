@@ -69,14 +69,21 @@ class DataTasks:
     at_once: int
     cpus: float  # that each reserves
 
+    @property
+    def waiting(self) -> int:
+        """How many more wait in line. Tasks of a part of a CPU run wherever there is room, also on a machine that has just joined: no
+        more of them than leave room there for a worker."""
+        return 2 * self.at_once if self.cpus == 1 else self.at_once
+
 
 def data_tasks(layout: Layout, world_size: int) -> DataTasks:
     """One for each of a worker's share of the CPUs that no worker computes with. A task reserves a whole CPU where any machine can
-    spare one, so that Ray does not run more of them at a time than there are CPUs."""
+    spare one, so that Ray does not run more of them at a time than there are CPUs; but not while the run waits for machines: tasks
+    in line would take the CPUs of one that joins before a worker could."""
     if layout.tasks:
         return DataTasks(layout.tasks, DATA_TASK_CPUS)  # others may compute beside this run: a whole CPU may never be free
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU", 0) >= 1]
     reserved = layout.per_worker["CPU"]
     spare = min((node["CPU"] - reserved * fitting(layout, [node]) for node in nodes), default=0.0)
     free = sum(node["CPU"] for node in nodes) - world_size * reserved
-    return DataTasks(max(1, round(free / world_size)), 1.0 if spare >= 1 else DATA_TASK_CPUS)
+    return DataTasks(max(1, round(free / world_size)), 1.0 if spare >= 1 and world_size >= layout.max_workers else DATA_TASK_CPUS)
