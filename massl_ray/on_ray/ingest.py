@@ -102,8 +102,8 @@ def _dataset(make: Any, rows: int, task_rows: int, tasks: DataTasks, ahead: int,
     unread = ahead + 2 * (tasks.at_once + tasks.waiting) * task_rows
     room = ExecutionResources(cpu=tasks.at_once * tasks.cpus, object_store_memory=row_bytes * unread)
     options = context.execution_options = ExecutionOptions(preserve_order=True, resource_limits=room)
-    # Ray Data submits no more than would run at once: take away less than nothing of the cluster's CPUs, and some wait at Ray: it follows up
-    # a task that has ended only when its loop looks next.
+    # Ray Data submits no more than would run at once, and follows up a task that has ended only when its loop looks next. Take away
+    # less than nothing of the cluster's CPUs, and some wait in line at Ray.
     options._set_exclude_resources(ExecutionResources(cpu=-tasks.waiting * tasks.cpus))
     with DataContext.current(context):
         numbers = ray.data.read_datasource(  # ray.data.range would reserve a whole CPU a task

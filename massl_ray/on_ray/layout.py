@@ -71,8 +71,8 @@ class DataTasks:
 
     @property
     def waiting(self) -> int:
-        """How many more wait in line. Tasks of a part of a CPU run wherever there is room, also on a machine that has just joined: no
-        more of them than leave room there for a worker."""
+        """How many more wait in line. Tasks of a part of a CPU run wherever there is room, also on a machine that has just joined:
+        no more of them than leave room there for a worker."""
         return 2 * self.at_once if self.cpus == 1 else self.at_once
 
 
