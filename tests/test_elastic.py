@@ -24,7 +24,7 @@ from tests.images import TINY, write_images
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.elastic]
 
-LEAST_STEPS, RUN_S = 240, 150.0  # of a run: several times what a machine that is lost and another one that comes take
+LEAST_STEPS, RUN_S = 240, 75.0  # of a run: several times what a machine that is lost and another one that comes take
 FLAGS = "--train.checkpoint_every 20 --elastic.max_lost_seconds 2 --elastic.timeout_seconds 60".split()
 
 
