@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from massl_ray.config import Config, load, read_flags, to_toml
-from massl_ray.config.space import Sweep, base_of, plan, read_sweep, words
+from massl_ray.config.space import Sweep, at, base_of, plan, read_sweep, words
 from massl_ray.errors import UserError
 
 SPEC, BASE = "sweep.toml", "base.toml"
@@ -46,7 +46,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _earlier(root: Path) -> tuple[str, Sweep, Config]:
     if not (root / SPEC).is_file() or not (root / BASE).is_file():
         raise UserError(f"{root} holds no sweep: it has no {SPEC} and {BASE}. Give the --run.dir of a sweep.")
-    return (root / SPEC).read_text(), read_sweep(root / SPEC), load(["--config", str(root / BASE), "--run.dir", str(root)])
+    flags = ["--config", str(root / BASE), "--run.dir", str(root.absolute())]  # where it is now
+    return (root / SPEC).read_text(), read_sweep(root / SPEC), load(flags)
 
 
 def _sweep(text: str, sweep: Sweep, base: Config) -> int:
@@ -58,6 +59,7 @@ def _sweep(text: str, sweep: Sweep, base: Config) -> int:
     from massl_ray.training.run import write_atomically
 
     root = Path(base.run.dir).absolute()
+    base = at(base, {"run.dir": str(root)})
     images = open_source(base.data.source, cache_gb=base.data.cache_gb)
     found = plan(sweep, base, len(images))
     for point, fault in found.refused[:SHOWN]:
@@ -65,7 +67,7 @@ def _sweep(text: str, sweep: Sweep, base: Config) -> int:
     if more := found.refused[SHOWN:]:
         print(f"          and {len(more):,} more")
     trials = trials_of(found, sweep.sweep.seeds)
-    _claim(root, text, to_toml(base))
+    _claim(root, text, base)
     with hold(Folder(root)):
         write_atomically(root / SPEC, text)
         write_atomically(root / BASE, to_toml(base))
@@ -81,14 +83,14 @@ def _sweep(text: str, sweep: Sweep, base: Config) -> int:
     return 0 if scores else 1
 
 
-def _claim(root: Path, text: str, base: str) -> None:
+def _claim(root: Path, text: str, base: Config) -> None:
     """Raises UserError where the directory holds another sweep, or something else."""
     names = [path.name for path in root.iterdir() if path.name[0] != "."] if root.is_dir() else []
     if SPEC not in names:
         if names:
             raise UserError(f"run.dir: {root} exists and is not a sweep. Choose another --run.dir.")
         root.mkdir(parents=True, exist_ok=True)
-    elif (root / SPEC).read_text() != text or (root / BASE).read_text() != base:
+    elif _earlier(root)[::2] != (text, base):
         raise UserError(f"run.dir: {root} holds a sweep of another space or other settings. Choose another --run.dir.")
 
 

@@ -105,7 +105,10 @@ def test_no_point_at_all():
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "space"),
+        ("", "the space is empty: name a setting under [space]"),
+        ('[space]\n"memory.size" = {choices = [1]}', "there is no 'space.memory.size.choices'; the nearest is 'choice'"),
+        ('[space]\n"optim.lr" = 3', "space.optim.lr is 3: give it values, as in {choice = [1, 2]}"),
+        ("[extra]\na = 1", "there is no 'extra'"),
         ("[space]", "the space is empty: name a setting under [space]"),
         ('[space]\n"memory.sise" = {choice = [1]}', "there is no setting 'memory.sise'; the nearest is 'memory.size'"),
         ('[space]\n"memory.size" = {choice = []}', "choice is empty"),
@@ -120,7 +123,7 @@ def test_no_point_at_all():
         ('[space]\n"optim.lr" = {uniform = [0.1, 1]}', "optim.lr has no values that a grid could list"),
         ('[space]\n"run.seed" = {choice = [1]}', "run.seed is no part of a space"),
         ('[sweep]\nsearch = "bayes"\n[space]\n"optim.lr" = {grid = [1]}', "sweep.search is 'bayes'"),
-        ('[sweep]\nmetrik = 1\n[space]\n"optim.lr" = {grid = [1]}', "sweep.metrik"),
+        ('[sweep]\nmetrik = 1\n[space]\n"optim.lr" = {grid = [1]}', "there is no 'sweep.metrik'; the nearest is 'metric'"),
         ('[settings]\npreset = "tiny"\n[space]\n"optim.lr" = {grid = [1]}', "There is no preset 'tiny'"),
         ('[settings.memory]\nsise = 1\n[space]\n"optim.lr" = {grid = [1]}', "There is no setting 'memory.sise'"),
         ("[space", "is not valid TOML"),

@@ -102,3 +102,21 @@ def test_ctrl_c(flags, tmp_path):
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130 and "--resume DIR, goes on with it" in err
     assert [row[3] for row in results(root)] == ["waiting"] * 3
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_trials_that_lag_behind_end_early(flags, tmp_path):
+    """By successive halving at equal images: of two trials, the one of the larger loss is over at the first look that tells."""
+    (tmp_path / "spec.toml").write_text(
+        '[sweep]\nmetric = "loss"\nscheduler = "asha"\nat_once = 1\n'
+        "[settings.train]\nsteps = 90\nlog_every = 1\n"
+        '[space]\n"memory.size" = {choice = [16, 256]}\n'
+    )
+    root = tmp_path / "sweep"
+    process = start(*flags, "--run.dir", str(root))
+    _, err = process.communicate()
+    assert process.returncode == 0, err
+    first, second = csv.DictReader((root / "results.csv").open())
+    assert first["status"] == "finished" and int(first["images_seen"]) == 90 * 8
+    assert second["status"] == "stopped early" and int(second["images_seen"]) < 90 * 8

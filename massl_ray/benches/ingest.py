@@ -145,14 +145,11 @@ def _consume(stream: Iterator[Views]) -> float:
 
 
 def _demo(run: Run, rounds: int) -> dict[str, list[float]]:
-    import ray
-    from ray.util.placement_group import placement_group
-
     from massl_ray.on_ray.ingest import stream_views
-    from massl_ray.on_ray.layout import data_tasks, plan_layout
+    from massl_ray.on_ray.layout import data_tasks, plan_layout, reserve_worker
 
     layout = plan_layout(run.config, run.resolved.num_micro_batches)
-    ray.get(placement_group([dict(layout.per_worker)]).ready())  # what this process computes with
+    reserve_worker(layout)  # that this process is
     tasks = data_tasks(layout, 1)
     collectives = Exact(Local(), run.resolved.num_micro_batches)
     state = build_state(run.config, run.resolved, CPU, collectives)

@@ -53,16 +53,7 @@ def validate(values: Mapping[str, Any]) -> Config:
     try:
         return Config(**values)
     except ValidationError as error:
-        raise UserError(sentences(error)) from None
-
-
-def sentences(error: ValidationError) -> str:
-    return " ".join(_sentence(item) for item in error.errors())
-
-
-def nearest_key(name: str) -> str:
-    """'; the nearest is ...', or nothing."""
-    return _close(name, [key for key, _ in _flags()])
+        raise UserError(" ".join(filter(None, map(_sentence, error.errors())))) from None
 
 
 def presets() -> list[str]:
@@ -73,7 +64,7 @@ def presets() -> list[str]:
 
 def read_preset(name: str) -> dict[str, Any]:
     if name not in presets():
-        raise UserError(f"There is no preset '{name}'{_close(name, presets())}. Presets: {', '.join(presets())}.")
+        raise UserError(f"There is no preset '{name}'{nearest(name, presets())}. Presets: {', '.join(presets())}.")
     return tomllib.loads((resources.files("massl_ray.presets") / f"{name}.toml").read_text())
 
 
@@ -156,14 +147,14 @@ def _check_flags(arguments: Sequence[str]) -> None:
         if argument.startswith("--"):
             name = argument[2:].split("=", 1)[0]
             if name not in known:
-                raise UserError(f"There is no setting '{name}'{_close(name, [*known, 'preset', 'config'])}. See --help.")
+                raise UserError(f"There is no setting '{name}'{nearest(name, [*known, 'preset', 'config'])}. See --help.")
 
 
 def _refuse(message: str):
     raise UserError(f"The flags could not be read: {message}. See --help.")
 
 
-def _close(name: str, candidates: Sequence[str]) -> str:
+def nearest(name: str, candidates: Sequence[str]) -> str:
     """'; the nearest is ...', or nothing. 'train.batch_size' has two near keys: both are named."""
     matches = difflib.get_close_matches(name, candidates, n=2, cutoff=0.5)
     if len(matches) == 2 and name.split(".")[-1] not in matches[1]:
@@ -175,7 +166,7 @@ def _sentence(item: Any) -> str:
     path = [str(part) for part in item["loc"]]
     key = ".".join(path[:2])
     if item["type"] == "extra_forbidden":
-        return f"There is no setting '{key}'{_close(key, [name for name, _ in _flags()])}."
+        return f"There is no setting '{key}'{nearest(key, [name for name, _ in _flags()])}."
     if item["type"] == "value_error":
         return f"{item['ctx']['error']}."
     if path[2:] and path[2].startswith(("constrained", "literal", "float", "int")) and path[2].startswith("literal"):

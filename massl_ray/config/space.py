@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from massl_ray.config.loading import keys, nearest_key, read_preset, read_toml, sentences, validate
+from massl_ray.config.loading import keys, nearest, read_preset, read_toml, validate
 from massl_ray.config.resolve import resolve
 from massl_ray.config.schema import Config, merge
 from massl_ray.errors import UserError
@@ -25,7 +25,7 @@ class Part(BaseModel):
 
 
 Number = int | float
-Pair = Annotated[tuple[Number, Number], Field(min_length=2)]
+Pair = tuple[Number, Number]
 
 
 class Values(Part):
@@ -115,7 +115,7 @@ class Sweep(Part):
     sweep: SweepSection = SweepSection()
     settings: dict[str, Any] = {}
     """Of every trial: a preset's name, and sections as in a configuration file."""
-    space: dict[str, Values]
+    space: dict[str, Values] = {}
     constraints: Constraints = Constraints()
 
     @model_validator(mode="after")
@@ -142,11 +142,11 @@ def read_sweep(path: Path) -> Sweep:
     try:
         sweep = Sweep(**values)
     except ValidationError as error:
-        raise UserError(f"{path}: {sentences(error)}") from None
+        raise UserError(f"{path}: {' '.join(map(_sentence, error.errors()))}") from None
     known = keys(Config())
     for key in sweep.space:
         if key not in known:
-            raise UserError(f"{path}: there is no setting '{key}'{nearest_key(key)}.")
+            raise UserError(f"{path}: there is no setting '{key}'{nearest(key, list(known))}.")
         if key in ("run.dir", "run.seed", "data.source"):
             raise UserError(f"{path}: {key} is no part of a space: a sweep sets it itself, or takes it as a flag.")
     base_of(sweep)
@@ -174,7 +174,7 @@ def why_not(sweep: Sweep, base: Config, point: Point, dataset_size: int) -> str 
     try:
         resolved = resolve(at(base, point), dataset_size)
     except UserError as error:
-        return str(error)
+        return str(error).removesuffix(".")
     size, blocks = resolved.memory_size, resolved.num_blocks
     if sweep.constraints.blocks_divide_memory and size % blocks:
         return f"memory.num_blocks {blocks} does not divide memory.size {size}"
@@ -221,3 +221,17 @@ def _candidates(sweep: Sweep) -> Iterator[Point]:
         if (form := str(point)) not in seen:
             seen.add(form)
             yield point
+
+
+def _sentence(item: Any) -> str:
+    """One of pydantic's errors, for people."""
+    path = [str(part) for part in item["loc"]]
+    key = ".".join(path)
+    if item["type"] == "extra_forbidden":
+        part = {"sweep": SweepSection, "constraints": Constraints, "space": Values}[path[0]] if path[1:] else Sweep
+        return f"there is no '{key}'{nearest(path[-1], list(part.model_fields))}."
+    if item["type"] == "value_error":
+        return f"{key}: {item['ctx']['error']}." if key else f"{item['ctx']['error']}."
+    if path[0] == "space" and len(path) == 2:
+        return f"{key} is {item['input']!r}: give it values, as in {{choice = [1, 2]}}."
+    return f"{key} is {item['input']!r}: {item['msg'][0].lower()}{item['msg'][1:]}."

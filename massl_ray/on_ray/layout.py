@@ -4,6 +4,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import ray
+from ray.util.placement_group import placement_group
 
 from massl_ray.config import Config
 from massl_ray.on_ray.place import Seat
@@ -60,6 +61,11 @@ def free_seats(
             continue
         seats += [Seat(node, str(place) if layout.use_gpu else None) for place in range(fitting(layout, [free]))]
     return tuple(seats[: max(0, layout.max_workers - len(taken))])
+
+
+def reserve_worker(layout: Layout) -> None:
+    """Take what a worker computes with from the cluster, for a process that computes outside Ray."""
+    ray.get(placement_group([dict(layout.per_worker)]).ready())
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from ray.tune.schedulers import ASHAScheduler, FIFOScheduler
 
 from massl_ray.config import Config
 from massl_ray.on_ray.child import ends_with_its_parent
-from massl_ray.sweeping.trials import HIGHER, Outcome, Trial, read_outcome, row_of, write_outcome
+from massl_ray.sweeping.trials import HIGHER, Outcome, Trial, forget_outcome, read_outcome, row_of, write_outcome
 
 LOOK_S = 0.5  # between looks at what a trial has written
 STOP_S = 60.0  # for a trial's last checkpoint
@@ -39,8 +39,10 @@ def run_trials(
     """
     by_name = {trial.name: trial for trial in trials}
     files = {trial.name: str(settings(trial)) for trial in trials}
+    for trial in trials:
+        forget_outcome(root, trial)
     here = ray.util.get_node_ip_address()
-    run = tune.with_parameters(_run_trial, root=root, trials=by_name, files=files, metric=metric)
+    run = tune.with_parameters(_run_trial, root=root, trials=by_name, files=files, metric=metric, images=images)
     tuner = tune.Tuner(
         tune.with_resources(run, {"CPU": 0, f"node:{here}": 1e-3}),  # trials write here; what trains them may run anywhere
         param_space={"trial": tune.grid_search([trial.name for trial in trials])},
@@ -54,6 +56,7 @@ def run_trials(
         run_config=tune.RunConfig(name="tune", storage_path=str(root / ".tune"), verbose=0),
     )
     os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"  # it would return as if all trials were over
+    os.environ["RAY_AIR_NEW_OUTPUT"] = "0"  # its tables, also where it is to be silent
     for result in tuner.fit():
         trial = by_name[result.config["trial"]]  # type: ignore[index]
         if read_outcome(root, trial) is None:
@@ -76,7 +79,9 @@ def _asha(images: int) -> ASHAScheduler:
     )
 
 
-def _run_trial(config: dict[str, Any], *, root: Path, trials: dict[str, Trial], files: dict[str, str], metric: str) -> None:
+def _run_trial(
+    config: dict[str, Any], *, root: Path, trials: dict[str, Trial], files: dict[str, str], metric: str, images: int
+) -> None:
     trial = trials[config["trial"]]
     started, seen = time.monotonic(), -1
     log = root / "logs" / f"{trial.name}.log"
@@ -89,15 +94,13 @@ def _run_trial(config: dict[str, Any], *, root: Path, trials: dict[str, Trial], 
             command, env=environment, stdout=output, stderr=subprocess.STDOUT, preexec_fn=ends_with_its_parent
         )
         try:
-            while True:
-                ended = process.poll() is not None
+            while process.poll() is None:
                 row = row_of(root, trial)
-                score = row.metric(metric)
-                if (measured := row.measured_at(metric)) > seen and not math.isnan(score):
+                measured, score = row.measured_at(metric), row.metric(metric)
+                # A trial that has seen all its images is at its end: it may not be stopped any more, and ends by itself.
+                if seen < measured < images and not math.isnan(score):
                     seen = measured
                     tune.report({"images_seen": seen, "score": sign * score})
-                if ended:
-                    break
                 time.sleep(LOOK_S)
         finally:  # a report does not return when Tune ends a trial
             process.terminate()
@@ -110,5 +113,5 @@ def _run_trial(config: dict[str, Any], *, root: Path, trials: dict[str, Trial], 
         cause = next((line for line in reversed(lines) if line.startswith("massl-ray:")), lines[-1] if lines else "no word")
         status = "out of memory" if any("out of memory" in line for line in lines) else "failed"
         write_outcome(root, trial, Outcome(status, seconds, cause))
-    if seen < 0:
-        tune.report({"images_seen": 0, "score": float("-inf")})
+    score = row_of(root, trial).metric(metric)
+    tune.report({"images_seen": images, "score": -math.inf if math.isnan(score) else sign * score})

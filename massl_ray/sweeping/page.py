@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from massl_ray.config.space import Sweep, words
 from massl_ray.reporting.html import BLUE, GRAY, ORANGE, chart, page, text
 from massl_ray.reporting.summary import read_knn, read_metrics
-from massl_ray.sweeping.trials import HIGHER, Row, Score, folder_of
+from massl_ray.sweeping.trials import HIGHER, Row, Score, folder_of, shown
 from massl_ray.training.run import write_atomically
 
 NAMES = {"knn": "k-NN accuracy", "effective_rank": "effective rank", "loss": "loss"}
@@ -34,12 +34,6 @@ def write_page(root: Path, sweep: Sweep, rows: Sequence[Row], found: Sequence[Sc
     path = root / "report.html"
     write_atomically(path, page(root.name, sections))
     return path
-
-
-def figure(metric: str, value: float) -> str:
-    if math.isnan(value):
-        return "-"
-    return f"{value:.1%}" if metric == "knn" else f"{value:.3f}"
 
 
 def importance(points: Sequence[dict[str, Any]], values: Sequence[float]) -> dict[str, float]:
@@ -72,10 +66,10 @@ def _head(root: Path, metric: str, rows: Sequence[Row], found: Sequence[Score]) 
     hours = sum(row.seconds for row in rows if not math.isnan(row.seconds)) / 3600
     cells = [(f"{finished:,}", f"of {len(rows):,} trials finished"), (f"{hours:.2f} h", "of trials' time")]
     if found:
-        cells.append((figure(metric, found[0].mean), f"{NAMES[metric]}, best point"))
-    shown = "".join(f"<div><b>{value}</b>{name}</div>" for value, name in cells)
+        cells.append((shown(metric, found[0].mean), f"{NAMES[metric]}, best point"))
+    figures = "".join(f"<div><b>{value}</b>{name}</div>" for value, name in cells)
     note = _verdict(metric, found) if found else "No trial has finished yet."
-    return f"<h1>{text(root.name)}</h1><p class='note'>{note}</p><div class='figures'>{shown}</div>"
+    return f"<h1>{text(root.name)}</h1><p class='note'>{note}</p><div class='figures'>{figures}</div>"
 
 
 def _verdict(metric: str, found: Sequence[Score]) -> str:
@@ -92,7 +86,7 @@ def _verdict(metric: str, found: Sequence[Score]) -> str:
     error = mean(spreads) * math.sqrt(2 / best.seeds)
     sure = "more than" if ahead > 2 * error else "less than"
     near = sum(abs(score.mean - best.mean) <= 2 * error for score in found) - 1
-    said += f" It leads by {figure(metric, ahead)}, {sure} twice the standard error of such a difference ({figure(metric, error)})."
+    said += f" It leads by {shown(metric, ahead)}, {sure} twice the standard error of such a difference ({shown(metric, error)})."
     return said + (f" {near:,} other points cannot be told from it by these seeds." if near else "")
 
 
@@ -103,7 +97,7 @@ def _points(metric: str, found: Sequence[Score]) -> str:
     head = "".join(f"<th>{text(name)}</th>" for name in [*keys, NAMES[metric], "spread over seeds", "seeds"])
     lines = ""
     for score in found[:SHOWN]:
-        cells = [*(_value(score.point[key]) for key in keys), figure(metric, score.mean), figure(metric, score.spread), score.seeds]
+        cells = [*(_value(score.point[key]) for key in keys), shown(metric, score.mean), shown(metric, score.spread), score.seeds]
         lines += "<tr>" + "".join(f"<td>{text(cell)}</td>" for cell in cells) + "</tr>"
     more = f"<p class='note'>and {len(found) - SHOWN:,} more in results.csv</p>" if len(found) > SHOWN else ""
     return f"<h2>Points</h2><table><tr>{head}</tr>{lines}</table>{more}"
@@ -214,8 +208,8 @@ def _parallel(metric: str, found: Sequence[Score]) -> str:
             levels = sorted({score.point[key] for score in found}, key=lambda value: (str(type(value)), value))
             axes.annotate(_value(levels[0]), (number, -0.03), ha="center", va="top", fontsize=8)
             axes.annotate(_value(levels[-1]), (number, 1.03), ha="center", va="bottom", fontsize=8)
-        axes.annotate(figure(metric, low), (len(keys), -0.03), ha="center", va="top", fontsize=8)
-        axes.annotate(figure(metric, high), (len(keys), 1.03), ha="center", va="bottom", fontsize=8)
+        axes.annotate(shown(metric, low), (len(keys), -0.03), ha="center", va="top", fontsize=8)
+        axes.annotate(shown(metric, high), (len(keys), 1.03), ha="center", va="bottom", fontsize=8)
         axes.set_xticks(range(len(keys) + 1), [*keys, NAMES[metric]], fontsize=8)
         axes.set_yticks([])
         axes.set_ylim(-0.15, 1.15)
@@ -261,7 +255,7 @@ def _trials(metric: str, rows: Sequence[Row]) -> str:
             text(state),
             took,
             f"{row.images_seen:,}",
-            figure(metric, row.metric(metric)),
+            shown(metric, row.metric(metric)),
         ]
         name = f"<a href='{text(link)}'>{text(row.trial.name)}</a>" if row.status == "finished" else text(row.trial.name)
         lines += "<tr>" + "".join(f"<td>{cell}</td>" for cell in [name, *cells]) + "</tr>"

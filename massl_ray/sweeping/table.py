@@ -1,6 +1,5 @@
 """The table of a sweep while it runs: one that moves on a terminal, a line for each trial that has ended elsewhere."""
 
-import math
 import threading
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,7 +9,7 @@ from rich.live import Live
 from rich.table import Table
 
 from massl_ray.config.space import words
-from massl_ray.sweeping.trials import Row, Trial, row_of
+from massl_ray.sweeping.trials import Row, Trial, row_of, shown
 
 LOOK_S = 1.0  # between looks at the trials' files
 
@@ -51,14 +50,15 @@ class SweepTable:
             if row.status != "waiting" and row.trial.name not in self.told:
                 self.told.add(row.trial.name)
                 cause = f" ({row.cause})" if row.cause else ""
-                self.console.print(f"{row.trial.name}  {_state(row)}, {_figure(row, self.metric)}: {words(row.trial.point)}{cause}")
+                value = shown(self.metric, row.metric(self.metric))
+                self.console.print(f"{row.trial.name}  {_state(row)}, {value}: {words(row.trial.point)}{cause}")
 
     def _table(self, rows: Sequence[Row]) -> Table:
         table = Table(box=None, pad_edge=False)
         for name in ("trial", "settings", "state", "images", self.metric.replace("_", " ")):
             table.add_column(name, justify="right" if name == "images" else "left")
         for row in rows:
-            figure = _figure(row, self.metric)
+            figure = shown(self.metric, row.metric(self.metric))
             table.add_row(row.trial.name, words(row.trial.point), _state(row), f"{row.images_seen:,}", figure)
         return table
 
@@ -67,10 +67,3 @@ def _state(row: Row) -> str:
     if row.status == "waiting":
         return "running" if row.images_seen else "waiting"
     return f"{row.status} in {row.seconds:.0f} s"
-
-
-def _figure(row: Row, metric: str) -> str:
-    value = row.metric(metric)
-    if math.isnan(value):
-        return "-"
-    return f"{value:.1%}" if metric == "knn" else f"{value:.3f}"

@@ -18,6 +18,13 @@ HIGHER = {"knn": True, "effective_rank": True, "loss": False}
 """Whether more of a metric is better."""
 
 
+def shown(metric: str, value: float) -> str:
+    """For people."""
+    if math.isnan(value):
+        return "-"
+    return f"{value:.1%}" if metric == "knn" else f"{value:.3f}"
+
+
 @dataclass(frozen=True)
 class Trial:
     """One run of a point. `name` is that of its directory."""
@@ -34,7 +41,6 @@ class Outcome:
     status: str
     seconds: float
     cause: str = ""
-    attempts: int = 1
 
 
 @dataclass(frozen=True)
@@ -100,6 +106,11 @@ def is_over(root: Path, trial: Trial) -> bool:
     """Whether nothing is left to do. Trials that failed are tried again when a sweep goes on: the cause may be mended."""
     outcome = read_outcome(root, trial)
     return outcome is not None and outcome.status in ("finished", "stopped early")
+
+
+def forget_outcome(root: Path, trial: Trial) -> None:
+    """Of an earlier try, which would be taken for that of the next one."""
+    (folder_of(root, trial) / OUTCOME).unlink(missing_ok=True)
 
 
 def row_of(root: Path, trial: Trial) -> Row:
