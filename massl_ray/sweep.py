@@ -5,10 +5,14 @@ import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from massl_ray.config import Config, load, read_flags, to_toml
 from massl_ray.config.space import Sweep, at, base_of, plan, read_sweep, words
 from massl_ray.errors import UserError
+
+if TYPE_CHECKING:
+    from massl_ray.sweeping.rounds import Rounds
 
 SPEC, BASE = "sweep.toml", "base.toml"
 SHOWN = 5  # of the points that cannot be run
@@ -54,31 +58,31 @@ def _sweep(text: str, sweep: Sweep, base: Config) -> int:
     from massl_ray.data.sources import open_source  # late: a mistake is answered at once
     from massl_ray.storage import Folder
     from massl_ray.sweeping.results import write_results
-    from massl_ray.sweeping.trials import is_over, trials_of
+    from massl_ray.sweeping.rounds import Rounds
+    from massl_ray.sweeping.search import check_search
     from massl_ray.training.lock import hold
     from massl_ray.training.run import write_atomically
 
     root = Path(base.run.dir).absolute()
     base = at(base, {"run.dir": str(root)})
+    check_search(sweep)
     images = open_source(base.data.source, cache_gb=base.data.cache_gb)
     found = plan(sweep, base, len(images))
     for point, fault in found.refused[:SHOWN]:
         print(f"Left out  {words(point)}: {fault}")
     if more := found.refused[SHOWN:]:
         print(f"          and {len(more):,} more")
-    trials = trials_of(found, sweep.sweep.seeds)
     _claim(root, text, base)
     with hold(Folder(root)):
         write_atomically(root / SPEC, text)
         write_atomically(root / BASE, to_toml(base))
-        left = [trial for trial in trials if not is_over(root, trial)]
-        still = f", {len(left):,} left" if len(left) < len(trials) else ""
-        print(f"Trials    {len(trials):,} of {len(found.points):,} points{still}")
+        rounds = Rounds(root, sweep, base, len(images), found)
+        _announce(sweep, rounds)
         try:
-            if left:
-                _run(root, sweep, base, len(images), left)
+            if not rounds.over:
+                _run(rounds)
         finally:
-            scores = write_results(root, sweep, base, trials)
+            scores = write_results(root, sweep, base, rounds.trials)
     print(f"Results   {root}/results.csv, best.toml and report.html")
     return 0 if scores else 1
 
@@ -94,27 +98,34 @@ def _claim(root: Path, text: str, base: Config) -> None:
         raise UserError(f"run.dir: {root} holds a sweep of another space or other settings. Choose another --run.dir.")
 
 
-def _run(root: Path, sweep: Sweep, base: Config, count: int, trials: list) -> None:
+def _announce(sweep: Sweep, rounds: "Rounds") -> None:
+    known, left = len(rounds.trials), len(rounds.left)
+    later = {
+        "optuna": f" of {sweep.sweep.points * len(sweep.sweep.seeds):,}; each {sweep.sweep.round} points follow from those before",
+        "population": f" of {sweep.sweep.generations} generations",
+    }
+    more = later.get(sweep.sweep.scheduler) or later.get(sweep.sweep.search) or ""
+    print(f"Trials    {known:,}{more}{f', {left:,} left' if left < known else ''}")
+
+
+def _run(rounds: "Rounds") -> None:
     from massl_ray.config import resolve
     from massl_ray.on_ray.cluster import cluster
     from massl_ray.on_ray.tune import room, run_trials
     from massl_ray.sweeping.table import SweepTable
-    from massl_ray.sweeping.trials import write_settings
+    from massl_ray.sweeping.trials import Trial, write_settings
 
-    with cluster(), SweepTable(root, trials, sweep.sweep.metric):
+    sweep, base = rounds.sweep, rounds.base
+    with cluster(), SweepTable(rounds.root, rounds.trials, sweep.sweep.metric):
         fitting = room(base, sweep.sweep.workers)
         at_once = fitting if sweep.sweep.at_once == "auto" else min(fitting, sweep.sweep.at_once)
         if sweep.sweep.at_once != "auto" and sweep.sweep.at_once > fitting:
             print(f"The cluster holds {fitting} at once, not {sweep.sweep.at_once}: the others wait.")
-        run_trials(
-            trials,
-            root,
-            lambda trial: write_settings(root, trial, base, sweep.sweep.workers, shared=at_once > 1),
-            sweep.sweep.metric,
-            sweep.sweep.scheduler,
-            at_once,
-            resolve(base, count).total_images,
-        )
+
+        def begin(trial: Trial) -> None:
+            write_settings(rounds.root, trial, base, sweep.sweep.workers, shared=at_once > 1)
+
+        run_trials(rounds, begin, at_once, resolve(base, rounds.dataset_size).total_images)
 
 
 if __name__ == "__main__":

@@ -242,7 +242,7 @@ OTHER = {
     "loss.teacher_temp_start": 0.03,
     "loss.teacher_temp_epochs": 5.0, "loss.koleo_weight": 1.0, "optim.lr": 1.0, "optim.lr_final": 0.5, "optim.warmup_epochs": 5.0,
     "optim.weight_decay": 0.9, "optim.weight_decay_final": 0.9, "optim.clip_norm": 1e-3, "optim.teacher_momentum": 0.5,
-    "optim.teacher_momentum_final": 0.6, "train.epochs": 9.0, "train.steps": 20, "train.global_batch_size": 8,
+    "optim.teacher_momentum_final": 0.6, "train.epochs": 9.0, "train.steps": 20, "train.stop_at": 4, "train.global_batch_size": 8,
     "train.micro_batch_size": 2,
 }  # fmt: skip
 

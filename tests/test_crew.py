@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import ray
+import torch
 
 from massl_ray.config import Config
 from massl_ray.on_ray import crew as module
@@ -36,6 +37,8 @@ class Pretender:
             time.sleep(600)
         if act == "raise":
             raise RuntimeError("connection closed by peer")
+        if act == "full":
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
         return asdict(Outcome(act, 7, f"{life} {failures} {place.rank}/{place.world_size} {place.address} {place.gpu}"))
 
 
@@ -177,3 +180,21 @@ def test_spares(crew):
     made.begin([A])
     until_ended(made)
     assert pids(made) == [spare] and made.spares["a"] == []
+
+
+def test_out_of_memory_twice_in_a_row_is_the_end(crew):
+    """The first time may be another process's doing. Other failures do not end a run so soon."""
+    made = crew("raise", "full")
+    made.begin([A, B])
+    assert until_ended(made) == Ended(None)
+    made.begin([A, B])
+    ended = until_ended(made)
+    assert ended.outcome and ended.outcome.status == "out_of_memory"
+    assert ended.outcome.message == (
+        "Out of memory, twice in a row. Worker 1: OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB. "
+        "Choose another --run.dir and a train.micro_batch_size below auto."
+    )
+    other = crew("raise")
+    for _ in range(3):
+        other.begin([A])
+        assert until_ended(other) == Ended(None)

@@ -111,6 +111,22 @@ def test_continued_from_a_checkpoint_to_the_bit(make_run):
     assert state_sha256(whole.saved[4]) != state_sha256(whole.saved[8])
 
 
+def test_a_run_in_two_parts(make_run):
+    """train.stop_at ends it earlier, evaluated and saved, on the schedules of the whole; what comes after does not depend on it."""
+    whole, first, second = Memo(), Memo(), Memo()
+    start(make_run("--train.steps", "9"), whole)
+    part = make_run("--train.steps", "9", "--train.stop_at", "5")
+    outcome = start(part, first)
+    assert (outcome.status, outcome.step) == ("finished", 5) and part.resolved.steps == 9
+    assert sorted(first.saved) == [4, 5] and first.evaluated == [0, 5]
+    start(make_run("--train.steps", "9"), second, tensors=first.saved[5])
+    assert state_sha256(second.saved[9]) == state_sha256(whole.saved[9])
+    assert [line["lr"] for line in [*first.lines, *second.lines]] == [line["lr"] for line in whole.lines]
+    again = Memo()
+    assert start(part, again, tensors=first.saved[5]).status == "finished" and not again.lines  # nothing left to do
+    assert make_run("--train.steps", "9", "--train.stop_at", "20").resolved.end == 9
+
+
 def test_stop_saves_and_says_where(make_run):
     """The step during which it is asked for is the last one; its line of metrics is not lost."""
     run, recorder = make_run("--train.steps", "40"), Memo({7: Wish.STOP})

@@ -49,10 +49,10 @@ def test_tasks_unpickle_it_without_torch():
 
 @pytest.mark.ray
 def test_datasets_have_it(ray_cluster):
-    from massl_ray.on_ray.ingest import _dataset
+    from massl_ray.on_ray.feeder import dataset
     from massl_ray.on_ray.layout import DataTasks
 
-    context = _dataset(lambda rows: rows, 4, 2, DataTasks(3, 0.5), 5, 2**20).context
+    context = dataset(lambda rows: rows, 4, 2, DataTasks(3, 0.5), 5, 2**20).context
     assert Pace in context.custom_execution_callback_classes
     assert context.execution_options.resource_limits.object_store_memory == (5 + 2 * 6 * 2) * 2**20
     assert context.execution_options.resource_limits.cpu - context.execution_options.exclude_resources.cpu == 3.0  # three wait

@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow.parquet
@@ -77,6 +78,44 @@ def test_the_page(tmp_path, trials):
     }
 
 
+def test_smaller_micro_batches_are_said_and_kept(tmp_path, trials):
+    best = next(trial for trial in trials if trial.name == "64-4-1")
+    write_outcome(tmp_path, best, Outcome("finished", 30.0, "", 16))
+    write_results(tmp_path, SPEC, base_of(SPEC), trials)
+    rows = {row["trial"]: row for row in csv.DictReader((tmp_path / "results.csv").open())}
+    assert rows["64-4-1"]["train.micro_batch_size"] == "16" and rows["64-4-0"]["train.micro_batch_size"] == ""
+    assert load(["--config", str(tmp_path / "best.toml")]).train.micro_batch_size == 16
+    assert "finished, micro-batch 16" in Page(tmp_path / "report.html").texts
+
+
+def test_what_it_cost(tmp_path, trials):
+    priced = SPEC.model_copy(update={"sweep": SPEC.sweep.model_copy(update={"price": 2.0, "workers": 3})})
+    write_results(tmp_path, priced, base_of(SPEC), trials)
+    page = Page(tmp_path / "report.html")  # 30 s of 3 workers, 7 times
+    assert page.texts.count("0.05") == 7 and "0.35" in page.texts and "at 2 an hour of a worker" in page.text
+
+
+def test_a_population(tmp_path):
+    """Figures of the last generation choose; the others are told from it, and who went on from whom is said."""
+    spec = SPEC.model_copy(update={"sweep": SPEC.sweep.model_copy(update={"scheduler": "population", "generations": 2})})
+    trials = []
+    for name, blocks, parent, generation, top1 in (
+        ("0-gen-0", 2, "", 0, 0.9),
+        ("1-gen-0", 4, "", 0, 0.1),
+        ("0-gen-1", 2, "0-gen-0", 1, 0.5),
+        ("1-gen-1", 4, "0-gen-0", 1, 0.7),
+    ):
+        trial = write_trial(tmp_path, name, 64, blocks, 0, top1)
+        trials.append(replace(trial, parent=parent, generation=generation))
+    (found, _) = write_results(tmp_path, spec, base_of(SPEC), trials)
+    assert (found.point["memory.num_blocks"], found.mean) == (4, 0.7)
+    rows = list(csv.DictReader((tmp_path / "results.csv").open()))
+    assert [row["parent"] for row in rows] == ["", "", "0-gen-0", "0-gen-0"]
+    page = Page(tmp_path / "report.html")
+    assert "Generations (orange: took over another one's weights)" in list(page.images())
+    assert page.texts.count("finished, from 0-gen-0") == 2
+
+
 def test_nothing_has_finished(tmp_path):
     trial = write_trial(tmp_path, "w", 64, 2, 0, None, "waiting")
     assert write_results(tmp_path, SPEC, base_of(SPEC), [trial]) == []
@@ -95,8 +134,8 @@ def test_columns_of_any_kind():
         {"model.backbone": "a", "data.test_source": None, "views.blur": (0.1, 0.2)},
         {"model.backbone": "b", "data.test_source": "x", "views.blur": (1, 2)},
     ]
-    rows = [Row(Trial("t", point, 0), "finished", "", 1.0, 1, math.nan, 0, 1, 2.0, 3) for point in points]
+    rows = [Row(Trial("t", point, 0), "finished", "", 1.0, None, 1, math.nan, 0, 1, 2.0, 3) for point in points]
     table = to_table(rows).to_pydict()
-    assert table["model.backbone"] == ["a", "b"] and table["data.test_source"] == ["None", "x"]
+    assert table["model.backbone"] == ["a", "b"] and table["data.test_source"] == [None, "x"]
     assert table["views.blur"] == ["(0.1, 0.2)", "(1, 2)"]
     assert table["knn"] == [None, None] and table["loss"] == [3, 3]

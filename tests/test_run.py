@@ -248,6 +248,7 @@ def test_only_these_settings_are_free():
         "data.max_skipped",
         "train.epochs",
         "train.steps",
+        "train.stop_at",
         "train.checkpoint_every",
         "train.log_every",
         "checkpoint.keep",

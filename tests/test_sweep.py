@@ -1,6 +1,7 @@
 """massl-ray sweep: mistakes, and real sweeps on a real Ray, killed and continued."""
 
 import csv
+import json
 import os
 import signal
 import subprocess
@@ -120,3 +121,84 @@ def test_trials_that_lag_behind_end_early(flags, tmp_path):
     first, second = csv.DictReader((root / "results.csv").open())
     assert first["status"] == "finished" and int(first["images_seen"]) == 90 * 8
     assert second["status"] == "stopped early" and int(second["images_seen"]) < 90 * 8
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_a_population_hands_weights_on(flags, tmp_path):
+    """After its first generation the worst member begins with the best one's weights, to the bit, and other settings."""
+    (tmp_path / "spec.toml").write_text(
+        '[sweep]\nmetric = "loss"\nscheduler = "population"\ngenerations = 2\nat_once = 1\n'
+        '[settings.train]\nsteps = 8\n[space]\n"loss.student_temp" = {grid = [0.08, 0.1, 0.12, 0.4]}\n'
+    )
+    root = tmp_path / "sweep"
+    process = start(*flags, "--run.dir", str(root))
+    out, err = process.communicate()
+    assert process.returncode == 0, err
+    assert "Trials    4 of 2 generations" in out
+    rows = list(csv.DictReader((root / "results.csv").open()))
+    first, second = rows[:4], rows[4:]
+    assert [row["status"] for row in rows] == ["finished"] * 8 and [row["images_seen"] for row in rows] == ["32"] * 4 + ["64"] * 4
+    losses = [float(row["loss"]) for row in first]
+    best, worst = losses.index(min(losses)), losses.index(max(losses))
+    parents = [row["parent"] for row in second]
+    assert parents == [first[best if member == worst else member]["trial"] for member in range(4)]
+    for row in second:
+        checkpoints = [root / "trials" / name / "checkpoints" / "step_4" for name in (row["parent"], row["trial"])]
+        parent, child = (json.loads((checkpoint / "manifest.json").read_text()) for checkpoint in checkpoints)
+        assert child["state_sha256"] == parent["state_sha256"]
+    changed = [row["loss.student_temp"] != first[member]["loss.student_temp"] for member, row in enumerate(second)]
+    assert changed == [member == worst for member in range(4)]
+    metrics = (root / "trials" / second[worst]["trial"] / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in metrics] == [5, 6, 7, 8]
+
+
+SHORT_OF_MEMORY = '''
+"""A GPU that holds micro-batches of 4 images."""
+import sys
+from importlib.machinery import PathFinder
+
+class Short:
+    def find_spec(self, name, path=None, target=None):
+        if name != "massl_ray.method.step":
+            return None
+        sys.meta_path.remove(self)
+        spec = PathFinder.find_spec(name, path, target)
+        execute = spec.loader.exec_module
+
+        def exec_module(module):
+            execute(module)
+            step = module.train_step
+
+            def train_step(state, batch, *rest):
+                if len(batch.micro_batches[0].global_views) > 4:
+                    import torch
+
+                    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
+                return step(state, batch, *rest)
+
+            module.train_step = train_step
+
+        spec.loader.exec_module = exec_module
+        return spec
+
+sys.meta_path.insert(0, Short())
+'''
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_a_trial_out_of_memory_has_smaller_micro_batches(flags, tmp_path, monkeypatch):
+    (tmp_path / "gpu").mkdir()
+    (tmp_path / "gpu" / "sitecustomize.py").write_text(SHORT_OF_MEMORY)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "gpu"))
+    (tmp_path / "spec.toml").write_text(
+        '[sweep]\nmetric = "loss"\n[settings.train]\nsteps = 2\n[space]\n"loss.student_temp" = {choice = [0.1]}\n'
+    )
+    root = tmp_path / "sweep"
+    process = start(*flags, "--run.dir", str(root), "--train.micro_batch_size", "8")
+    _, err = process.communicate()
+    assert process.returncode == 0, err
+    (row,) = csv.DictReader((root / "results.csv").open())
+    assert (row["status"], row["train.micro_batch_size"]) == ("finished", "4")
+    assert "micro_batch_size = 4" in (root / "best.toml").read_text()

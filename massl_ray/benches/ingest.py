@@ -39,7 +39,7 @@ from massl_ray.training.state import build_state, step_settings
 
 PHOTOGRAPHS, BATCH = 512, 64
 RECIPE = ["--preset", "vit_small", "--train.global_batch_size", str(BATCH)]
-FILL, BATCHES = 4, 32  # of a stream: to fill its pipes, to time
+FILL, BATCHES = 4, 96  # of a stream: to fill its pipes, to time
 FILL_STEPS, STEPS = 5, 30  # of the demo
 CORES = len(os.sched_getaffinity(0))
 CPU = torch.device("cpu")
@@ -93,15 +93,18 @@ def prepared(flags: list[str], folder: Path) -> Run:
 
 
 def _streams(run: Run, rounds: int) -> dict[str, list[float]]:
-    sides = {"ours": lambda: through_ray(run, CORES), "dataloader": lambda: through_dataloader(run, CORES)}
+    from massl_ray.on_ray.feeder import start_feeder
+
+    feeder = start_feeder()
+    sides = {"ours": lambda: through_ray(run, CORES, feeder), "dataloader": lambda: through_dataloader(run, CORES)}
     return _in_turn({name: lambda open=open: _consume(open()) for name, open in sides.items()}, rounds)
 
 
-def through_ray(run: Run, tasks: int) -> Iterator[Views]:
+def through_ray(run: Run, tasks: int, feeder: Any) -> Iterator[Views]:
     from massl_ray.on_ray.ingest import stream_views
     from massl_ray.on_ray.layout import DataTasks
 
-    return stream_views(run, 0, 1, 0, DataTasks(tasks, 1.0), CPU)
+    return stream_views(run, 0, 1, 0, DataTasks(tasks, 1.0), CPU, feeder)
 
 
 def through_dataloader(run: Run, processes: int) -> Iterator[Views]:
@@ -145,12 +148,13 @@ def _consume(stream: Iterator[Views]) -> float:
 
 
 def _demo(run: Run, rounds: int) -> dict[str, list[float]]:
+    from massl_ray.on_ray.feeder import start_feeder
     from massl_ray.on_ray.ingest import stream_views
     from massl_ray.on_ray.layout import data_tasks, plan_layout, reserve_worker
 
     layout = plan_layout(run.config, run.resolved.num_micro_batches)
     reserve_worker(layout)  # that this process is
-    tasks = data_tasks(layout, 1)
+    tasks, feeder = data_tasks(layout, 1), start_feeder()
     collectives = Exact(Local(), run.resolved.num_micro_batches)
     state = build_state(run.config, run.resolved, CPU, collectives)
     settings = step_settings(run.config, run.resolved, CPU)
@@ -168,10 +172,10 @@ def _demo(run: Run, rounds: int) -> dict[str, list[float]]:
         return time.perf_counter() - started
 
     def fed() -> float:
-        with closing(stream_views(run, 0, 1, state.step, tasks, CPU)) as stream:
+        with closing(stream_views(run, 0, 1, state.step, tasks, CPU, feeder)) as stream:
             return train(stream)
 
-    with closing(stream_views(run, 0, 1, 0, tasks, CPU)) as stream:
+    with closing(stream_views(run, 0, 1, 0, tasks, CPU, feeder)) as stream:
         kept = next(stream)
     return _in_turn({"ours": fed, "memory": lambda: train(repeat(kept))}, rounds)
 

@@ -24,6 +24,8 @@ class Resolved:
     batch_size: int
     micro_batch_size: int
     steps: int
+    end: int
+    """Step after which the run stops: the last one, or train.stop_at."""
 
     @property
     def total_images(self) -> int:
@@ -72,6 +74,7 @@ def resolve(config: Config, dataset_size: int) -> Resolved:
         batch_size=batch,
         micro_batch_size=_or_auto(config.train.micro_batch_size, _largest_divisor(batch, 64)),
         steps=steps,
+        end=min(steps, config.train.stop_at or steps),
     )
 
 

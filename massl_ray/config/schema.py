@@ -194,6 +194,8 @@ class TrainSection(Section):
     """Passes over the images. train.steps takes precedence."""
     steps: Annotated[int, Field(ge=1)] | None = None
     """Optimizer steps, instead of epochs."""
+    stop_at: Annotated[int, Field(ge=1)] | None = None
+    """Step after which the run stops, though its schedules go on to its full length. Raise it, or leave it out, to continue."""
     global_batch_size: Annotated[int, Field(ge=2)] = 1024
     """Images a step, over all workers; it never changes with their number."""
     micro_batch_size: Annotated[int, Field(ge=1)] | Auto = "auto"

@@ -16,6 +16,8 @@ from massl_ray.errors import UserError
 from massl_ray.keyed import Stream, generator
 
 TRIES = 1_000  # draws for a random point that can be run
+WHILE_TRAINING = ("loss.", "optim.", "memory.num_blocks", "model.drop_path", "views.")
+"""Settings that a population may change from one generation to the next."""
 Point = dict[str, Any]
 """Values by setting: {'memory.size': 4096, ...}."""
 
@@ -70,15 +72,19 @@ class Values(Part):
             return tuple(2**power for power in range(math.ceil(math.log2(low)), math.floor(math.log2(high)) + 1))
         return self.choice or self.grid or ()
 
+    @property
+    def bounds(self) -> Pair:
+        """Of numbers that are not listed."""
+        found = self.uniform or self.log_uniform
+        assert found is not None
+        return found
+
     def draw(self, share: float) -> Any:
         """The value that lies at `share`, in 0..1, of the way."""
-        if self.uniform is not None:
-            low, high = self.uniform
-            return low + share * (high - low)
-        if self.log_uniform is not None:
-            low, high = self.log_uniform
-            return low * (high / low) ** share
-        return self.listed[min(int(share * len(self.listed)), len(self.listed) - 1)]
+        if self.listed:
+            return self.listed[min(int(share * len(self.listed)), len(self.listed) - 1)]
+        low, high = self.bounds
+        return low * (high / low) ** share if self.log_uniform else low + share * (high - low)
 
 
 class Constraints(Part):
@@ -93,20 +99,27 @@ class Constraints(Part):
 class SweepSection(Part):
     """How the space is searched, and by what."""
 
-    search: Literal["grid", "random"] = "grid"
-    """grid: every combination. random: `points` draws."""
+    search: Literal["grid", "random", "optuna"] = "grid"
+    """grid: every combination. random: `points` draws. optuna: `points` draws, each round by what those before have shown."""
     points: Annotated[int, Field(ge=1)] = 16
-    """That random draws."""
+    """That random and optuna draw."""
+    round: Annotated[int, Field(ge=1)] = 8
+    """Points that optuna draws at a time: they wait for all points of the rounds before, and for nothing else."""
     seeds: Annotated[tuple[int, ...], Field(min_length=1)] = (0,)
     """run.seed of the runs of each point: their spread says how sure a figure is."""
     metric: Literal["knn", "effective_rank", "loss"] = "knn"
     """What makes a point the better one: k-NN accuracy and effective rank high, the loss low."""
-    scheduler: Literal["none", "asha"] = "none"
-    """asha: trials that lag behind others, at equal images seen, end early."""
+    scheduler: Literal["none", "asha", "population"] = "none"
+    """asha: trials that lag behind others, at equal images seen, end early. population: after each of `generations` equal parts of
+    a run the worst quarter goes on from checkpoints of the best, with settings a step away from theirs."""
+    generations: Annotated[int, Field(ge=2)] = 4
+    """Of a population."""
     at_once: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
     """Trials that run at the same time, at most. auto: as many as the cluster holds."""
     workers: Annotated[int, Field(ge=1)] = 1
     """Of a trial, at most."""
+    price: Annotated[float, Field(gt=0)] | None = None
+    """Of an hour of one worker, in any currency: what trials cost."""
 
 
 class Sweep(Part):
@@ -125,7 +138,18 @@ class Sweep(Part):
         close = [key for key, values in self.space.items() if not values.listed]
         if self.sweep.search == "grid" and close:
             raise ValueError(f"{close[0]} has no values that a grid could list: give it a choice, or search at random")
+        if self.sweep.scheduler == "population":
+            self._one_population()
         return self
+
+    def _one_population(self) -> None:
+        fixed = [key for key in self.space if not key.startswith(WHILE_TRAINING) or key.endswith("_size")]
+        if fixed:
+            raise ValueError(f"{fixed[0]} cannot change while a run trains, as settings of a population do: leave it out")
+        if self.sweep.search == "optuna":
+            raise ValueError("a population finds its own points: give search as grid or random, which it starts from")
+        if len(self.sweep.seeds) > 1:
+            raise ValueError("a population has one seed: its members are compared with each other")
 
 
 @dataclass(frozen=True)
@@ -184,13 +208,15 @@ def why_not(sweep: Sweep, base: Config, point: Point, dataset_size: int) -> str 
 
 
 def plan(sweep: Sweep, base: Config, dataset_size: int) -> Plan:
-    """The points of a grid, or as many random ones as asked for.
+    """The points that a sweep begins with: those of a grid, as many random ones as asked for, or optuna's first round, which is
+    random, too.
 
     Raises UserError if none can be run.
     """
     good: list[Point] = []
     refused: list[tuple[Point, str]] = []
-    wanted = math.inf if sweep.sweep.search == "grid" else sweep.sweep.points
+    search, points = sweep.sweep.search, sweep.sweep.points
+    wanted = {"grid": math.inf, "random": points, "optuna": min(points, sweep.sweep.round)}[search]
     for point in _candidates(sweep):
         if len(good) == wanted:
             break

@@ -32,6 +32,10 @@ class ViewMaker:
         self.images, self.config = images, config
         self.batch_size, self.start_step, self.first, self.share = batch_size, start_step, first, share
 
+    def later(self, steps: int) -> "ViewMaker":
+        """Whose row 0 is so many steps further on."""
+        return ViewMaker(self.images, self.config, self.batch_size, self.start_step + steps, self.first, self.share)
+
     def __call__(self, rows: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         """`rows["id"]` (n,) to columns of n rows, and `skipped`: what was passed over for each, as "path: reason" separated by
         NUL, which no path has. The columns are global_views (n, 2, H, W, C) and local_views (n, V-2, h, w, C), uint8, or with

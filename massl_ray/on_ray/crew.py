@@ -9,6 +9,7 @@ from typing import Any
 import ray
 from ray.exceptions import RayActorError
 
+from massl_ray.config import Config
 from massl_ray.on_ray.engine import start_engine
 from massl_ray.on_ray.layout import Layout
 from massl_ray.on_ray.place import Place, Seat
@@ -55,6 +56,7 @@ class Crew:
         self.calls: dict[Any, int] = {}  # reference to what a member will return: its rank
         self.results: dict[int, Any] = {}  # by rank: the Outcome as a dict, or an exception
         self.fails_at: float | None = None  # by time.monotonic, once a member has failed
+        self.failures = 0  # lives before this one that failed in a row
         self.stillborn = 0  # engines that died in a row before any life began
 
     @property
@@ -154,12 +156,12 @@ class Crew:
 
     def _set_out(self, ready: Sequence[tuple[Candidate, tuple[int, str]]]) -> None:
         self.stillborn, self.results = 0, {}
-        life, failures = ray.get(self.telemetry.begin.remote())
+        life, self.failures = ray.get(self.telemetry.begin.remote())
         (_, (_, address)), *_ = ready
         for rank, (candidate, (pid, _)) in enumerate(ready):
             self.announce({"kind": "placed", "rank": rank, "node": candidate.seat.node, "pid": pid})
             place = Place(rank, len(ready), address, candidate.seat.gpu)
-            call = candidate.engine.live.remote(self.run, self.telemetry, self.layout, life, failures, place)
+            call = candidate.engine.live.remote(self.run, self.telemetry, self.layout, life, self.failures, place)
             self.members.append((candidate.seat, candidate.engine))
             self.calls[call] = rank
 
@@ -172,12 +174,29 @@ class Crew:
             if rank not in came_back:
                 ray.kill(engine)
         self.members = [self.members[rank] for rank in sorted(came_back)]
+        short = [rank for rank in sorted(results) if _is_short_of_memory(results[rank])]
+        if short and self.failures:  # twice in a row, and would be again
+            return Ended(Outcome("out_of_memory", 0, _out_of_memory(short[0], results[short[0]], self.config)))
         return Ended(None)
 
 
 def _start(node: str) -> tuple[Any, Any]:
     engine = start_engine(node)
     return engine, engine.report.remote()
+
+
+def _is_short_of_memory(result: Any) -> bool:
+    """By the words of CUDA, of torch's allocator on CPUs and of Ray's watch over a machine's memory."""
+    said = str(result).lower() if isinstance(result, Exception) else ""
+    return any(words in said for words in ("out of memory", "can't allocate memory", "running low on memory"))
+
+
+def _out_of_memory(rank: int, error: Exception, config: Config) -> str:
+    said = failure_event(rank, error)["text"].splitlines()[0].rstrip(".")
+    return (
+        f"Out of memory, twice in a row. {said}. Choose another --run.dir and a train.micro_batch_size below "
+        f"{config.train.micro_batch_size}."
+    )
 
 
 def _is_warm(spare: tuple[Any, Any]) -> bool:

@@ -18,15 +18,17 @@ class Engine:
 
     def __init__(self) -> None:
         gc.disable()  # which would go through all that is imported again and again, for a sixth of the time
+        from massl_ray.on_ray.feeder import start_feeder
+
+        feeder = start_feeder()  # which imports in the meantime what it needs
         import torch._dynamo  # the optimizer asks for it at its first step  # noqa: F401
 
-        from massl_ray.on_ray.ingest import warm_up
         from massl_ray.on_ray.life import Remains
 
-        warm_up()
         gc.freeze()
         gc.enable()
-        self.remains = Remains()
+        ray.get(feeder.ready.remote())
+        self.remains = Remains(feeder)
 
     def report(self) -> tuple[int, str]:
         """That it is there: its process id, and where the workers of a life may meet, as host:port, if this is the first."""

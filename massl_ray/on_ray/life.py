@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from massl_ray.method.step import State
-from massl_ray.on_ray.ingest import start_now, stream_views
+from massl_ray.on_ray.ingest import stream_views
 from massl_ray.on_ray.layout import Layout, data_tasks
 from massl_ray.on_ray.place import Place
 from massl_ray.on_ray.telemetry import TelemetryClient, unpack
@@ -34,6 +34,7 @@ from massl_ray.training.state import build_state, from_tensors, to_tensors
 class Remains:
     """What a process keeps from one life for the next."""
 
+    feeder: Any  # of on_ray.feeder
     state: State | None = None  # where it was trained, after a life that ended in good order
     writer: CheckpointWriter | None = None  # which may still be writing
 
@@ -80,7 +81,7 @@ def _train(
     newer = None if workers.rank else find_newer(run, line, than=state)
     step = workers.share(newer[0] if newer else state and state.step)
     tasks = data_tasks(layout, workers.world_size)
-    views = start_now(stream_views(run, workers.rank, workers.world_size, step or 0, tasks, device))
+    views = stream_views(run, workers.rank, workers.world_size, step or 0, tasks, device, remains.feeder)
     state = take_up(run, device, workers, state, step, newer and newer[1])
     step_s = rehearse(run, state, workers) if first_life else None
     recorder: Silent = Silent(line)

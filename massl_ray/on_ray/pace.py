@@ -8,9 +8,8 @@ LOOK_S = 0.1  # from one look to the next, at least
 
 
 class Pace(ExecutionCallback):
-    """The loop is a thread of the training process, and a look of it takes 2 ms. While tasks are at work it waits for them, 0.1 s
-    at most; when what they have made may not be taken yet it does not wait at all: without this a step takes up to eight times
-    as long, waiting for the interpreter."""
+    """While tasks are at work the loop waits for them, 0.1 s at most. When what they have made may not be taken yet it does not
+    wait at all: without this it takes a whole CPU."""
 
     def __init__(self) -> None:
         self.looked = 0.0

@@ -40,6 +40,7 @@ def hold_seat(arguments: dict[str, Any]) -> dict[str, Any]:
 def train_here(arguments: dict[str, Any]) -> dict[str, Any]:
     """One life of one worker, in this process. Returns the Outcome as a dict; the same on every rank."""
     from massl_ray.on_ray.engine import meeting_place
+    from massl_ray.on_ray.feeder import start_feeder
     from massl_ray.on_ray.life import Remains, live
 
     telemetry, layout = arguments["telemetry"], arguments["layout"]
@@ -50,7 +51,7 @@ def train_here(arguments: dict[str, Any]) -> dict[str, Any]:
     try:
         telemetry.announce.remote(life, {"kind": "placed", "rank": rank, "node": seat.node, "pid": os.getpid()})
         place = Place(rank, world_size, address, seat.gpu)
-        outcome = live(ray.get(arguments["run"][0]), telemetry, layout, life, failures, place, Remains())
+        outcome = live(ray.get(arguments["run"][0]), telemetry, layout, life, failures, place, Remains(start_feeder()))
     except Exception as error:
         ray.get(telemetry.announce.remote(life, failure_event(rank, error)))  # before this process ends
         raise

@@ -5,64 +5,95 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import ray
 from ray import tune
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler
+from ray.tune.search import Searcher
 
 from massl_ray.config import Config
 from massl_ray.on_ray.child import ends_with_its_parent
-from massl_ray.sweeping.trials import HIGHER, Outcome, Trial, forget_outcome, read_outcome, row_of, write_outcome
+from massl_ray.sweeping.rounds import Rounds
+from massl_ray.sweeping.trials import (
+    HIGHER,
+    Outcome,
+    Trial,
+    hand_over,
+    read_outcome,
+    row_of,
+    settings_of,
+    shrink,
+    write_outcome,
+)
 
 LOOK_S = 0.5  # between looks at what a trial has written
 STOP_S = 60.0  # for a trial's last checkpoint
 RUNGS, RUNG = 3, 3  # of successive halving: looks at a trial before its end, and how many times more images each next one asks for
 
 
-def run_trials(
-    trials: Sequence[Trial],
-    root: Path,
-    settings: Callable[[Trial], Path],
-    metric: str,
-    scheduler: str,
-    at_once: int,
-    images: int,
-) -> None:
-    """Run these trials to their ends, `at_once` at a time. Each leaves its outcome in its directory, also where it fails.
+class _InRounds(Searcher):
+    """Hands the trials of a sweep to Tune, which knows of no order between them."""
+
+    def __init__(self, rounds: Rounds, begin: Callable[[Trial], None]):
+        super().__init__(metric="score", mode="max")
+        self.rounds, self.begin = rounds, begin
+        self.trials: dict[str, Trial] = {}  # by Tune's names
+
+    def suggest(self, trial_id: str) -> Any:
+        trial = self.rounds.take()
+        if trial is None:
+            return Searcher.FINISHED if self.rounds.over else None
+        self.begin(trial)
+        self.trials[trial_id] = trial
+        return {"trial": asdict(trial)}
+
+    def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
+        trial = self.trials[trial_id]
+        if read_outcome(self.rounds.root, trial) is None:
+            seconds = (result or {}).get("time_total_s", 0.0)
+            cause = f"Ray Tune lost it; what it said stands in {self.rounds.root}/logs/{trial.name}.log" if error else ""
+            write_outcome(self.rounds.root, trial, Outcome("failed" if error else "stopped early", seconds, cause))
+        self.rounds.done(trial)
+
+    def save(self, checkpoint_path: str) -> None:
+        """Nothing: all there is to keep stands in the sweep's directory."""
+        Path(checkpoint_path).touch()
+
+    def restore(self, checkpoint_path: str) -> None:
+        raise NotImplementedError("a sweep goes on from its directory")
+
+
+def run_trials(rounds: Rounds, begin: Callable[[Trial], None], at_once: int, images: int) -> None:
+    """Run the trials of all rounds to their ends, `at_once` at a time. Each leaves its outcome in its directory, also where it
+    fails.
 
     Args:
-        settings: writes a trial's settings; returns the file.
+        begin: called with every trial before it runs.
         images: that a whole trial sees.
     """
-    by_name = {trial.name: trial for trial in trials}
-    files = {trial.name: str(settings(trial)) for trial in trials}
-    for trial in trials:
-        forget_outcome(root, trial)
+    metric, scheduler = rounds.sweep.sweep.metric, rounds.sweep.sweep.scheduler
     here = ray.util.get_node_ip_address()
-    run = tune.with_parameters(_run_trial, root=root, trials=by_name, files=files, metric=metric, images=images)
+    run = tune.with_parameters(_run_trial, root=rounds.root, metric=metric, images=images)
     tuner = tune.Tuner(
         tune.with_resources(run, {"CPU": 0, f"node:{here}": 1e-3}),  # trials write here; what trains them may run anywhere
-        param_space={"trial": tune.grid_search([trial.name for trial in trials])},
         tune_config=tune.TuneConfig(
             metric="score",
             mode="max",
+            search_alg=_InRounds(rounds, begin),
             scheduler=_asha(images) if scheduler == "asha" else FIFOScheduler(),
+            num_samples=-1,  # until there are no more
             max_concurrent_trials=at_once,
             reuse_actors=True,
         ),
-        run_config=tune.RunConfig(name="tune", storage_path=str(root / ".tune"), verbose=0),
+        run_config=tune.RunConfig(name="tune", storage_path=str(rounds.root / ".tune"), verbose=0),
     )
     os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"  # it would return as if all trials were over
     os.environ["RAY_AIR_NEW_OUTPUT"] = "0"  # its tables, also where it is to be silent
-    for result in tuner.fit():
-        trial = by_name[result.config["trial"]]  # type: ignore[index]
-        if read_outcome(root, trial) is None:
-            seconds = (result.metrics or {}).get("time_total_s", 0.0)
-            status = Outcome("failed", seconds, str(result.error)) if result.error else Outcome("stopped early", seconds)
-            write_outcome(root, trial, status)
+    tuner.fit()
 
 
 def room(config: Config, workers: int) -> int:
@@ -79,39 +110,53 @@ def _asha(images: int) -> ASHAScheduler:
     )
 
 
-def _run_trial(
-    config: dict[str, Any], *, root: Path, trials: dict[str, Trial], files: dict[str, str], metric: str, images: int
-) -> None:
-    trial = trials[config["trial"]]
-    started, seen = time.monotonic(), -1
+def _run_trial(config: dict[str, Any], *, root: Path, metric: str, images: int) -> None:
+    """Called by Tune; a report does not return when Tune ends the trial."""
+    trial = Trial(**config["trial"])
+    sign = 1.0 if HIGHER[metric] else -1.0
+
+    def look(seen: int) -> int:
+        row = row_of(root, trial)
+        measured, score = row.measured_at(metric), row.metric(metric)
+        # A trial that has seen all its images is at its end: it may not be stopped any more, and ends by itself.
+        if not seen < measured < images or math.isnan(score):
+            return seen
+        tune.report({"images_seen": measured, "score": sign * score})
+        return measured
+
+    micro_batch_size, started = None, time.monotonic()
+    while True:
+        hand_over(root, trial)
+        outcome = _train(root, trial, look)
+        smaller = shrink(root, trial) if outcome.status == "out of memory" else None
+        if smaller is None:
+            break
+        micro_batch_size = smaller
+    write_outcome(root, trial, replace(outcome, seconds=time.monotonic() - started, micro_batch_size=micro_batch_size))
+    score = row_of(root, trial).metric(metric)
+    tune.report({"images_seen": images, "score": -math.inf if math.isnan(score) else sign * score})
+
+
+def _train(root: Path, trial: Trial, look: Callable[[int], int]) -> Outcome:
+    """The command itself, in a process of its own on the sweep's cluster; `look` is called with what it returned last."""
     log = root / "logs" / f"{trial.name}.log"
     log.parent.mkdir(parents=True, exist_ok=True)
     environment = os.environ | {"RAY_ADDRESS": ray.get_runtime_context().gcs_address}
-    command = [sys.executable, "-m", "massl_ray.train", "--config", files[trial.name]]
-    sign = 1.0 if HIGHER[metric] else -1.0
+    command = [sys.executable, "-m", "massl_ray.train", "--config", str(settings_of(root, trial))]
     with log.open("w") as output:
         process = subprocess.Popen(
             command, env=environment, stdout=output, stderr=subprocess.STDOUT, preexec_fn=ends_with_its_parent
         )
         try:
+            seen = -1
             while process.poll() is None:
-                row = row_of(root, trial)
-                measured, score = row.measured_at(metric), row.metric(metric)
-                # A trial that has seen all its images is at its end: it may not be stopped any more, and ends by itself.
-                if seen < measured < images and not math.isnan(score):
-                    seen = measured
-                    tune.report({"images_seen": seen, "score": sign * score})
+                seen = look(seen)
                 time.sleep(LOOK_S)
-        finally:  # a report does not return when Tune ends a trial
+        finally:
             process.terminate()
             process.wait(STOP_S)
-    seconds = time.monotonic() - started
     if process.returncode == 0:
-        write_outcome(root, trial, Outcome("finished", seconds))
-    else:
-        lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
-        cause = next((line for line in reversed(lines) if line.startswith("massl-ray:")), lines[-1] if lines else "no word")
-        status = "out of memory" if any("out of memory" in line for line in lines) else "failed"
-        write_outcome(root, trial, Outcome(status, seconds, cause))
-    score = row_of(root, trial).metric(metric)
-    tune.report({"images_seen": images, "score": -math.inf if math.isnan(score) else sign * score})
+        return Outcome("finished", 0.0)
+    lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    cause = next((line for line in reversed(lines) if line.startswith("massl-ray:")), lines[-1] if lines else "no word")
+    return Outcome("out of memory" if cause.startswith("massl-ray: Out of memory") else "failed", 0.0, cause)

@@ -36,8 +36,9 @@ class Console:
         run, resolved, config = self.run, self.run.resolved, self.run.config
         classes = f", {len(run.images.classes)} classes for k-NN" if run.images.classes else ", no labels, so no k-NN"
         self.say(f"Images    {len(run.images):,} in {run.images.root}{classes}")
+        stop = f", of which up to {resolved.end:,} now" if resolved.end < resolved.steps else ""
         self.say(
-            f"Steps     {resolved.steps:,} of {resolved.batch_size} images "
+            f"Steps     {resolved.steps:,}{stop} of {resolved.batch_size} images "
             f"({resolved.total_images / resolved.dataset_size:.1f} epochs), "
             f"2 views of {config.views.global_size} px and {config.views.num_local} of {config.views.local_size} px"
         )
@@ -58,7 +59,7 @@ class Console:
             self.progress = None
 
     def _on_started(self, event: dict[str, Any]) -> None:
-        config, left = self.run.config, self.run.resolved.steps - event["step"]
+        config, left = self.run.config, self.run.resolved.end - event["step"]
         plural = "" if event["world_size"] == 1 else "s"
         self.say(
             f"Workers   {event['world_size']} on {event['device']}{plural if event['device'] == 'cpu' else ''}; "
@@ -76,7 +77,7 @@ class Console:
                 TimeRemainingColumn(compact=True),
                 console=self.rich,
             )
-            self.task = self.progress.add_task("", total=self.run.resolved.steps, completed=event["step"], figures="")
+            self.task = self.progress.add_task("", total=self.run.resolved.end, completed=event["step"], figures="")
             self.progress.start()
 
     def _on_metrics(self, event: dict[str, Any]) -> None:
@@ -87,10 +88,10 @@ class Console:
             figures += f"  k-NN {list(self.knn.values())[-1]:.1%}"
         if self.progress:
             self.progress.update(self.task, completed=line["step"], figures=figures)
-        elif time.monotonic() - self.last_line > PLAIN_S or line["step"] == self.run.resolved.steps:
+        elif time.monotonic() - self.last_line > PLAIN_S or line["step"] == self.run.resolved.end:
             self.last_line = time.monotonic()
-            left = (self.run.resolved.steps - line["step"]) * line["step_s"]
-            self.say(f"step {line['step']}/{self.run.resolved.steps}  {figures}  {duration(left)} left")
+            left = (self.run.resolved.end - line["step"]) * line["step_s"]
+            self.say(f"step {line['step']}/{self.run.resolved.end}  {figures}  {duration(left)} left")
 
     def _on_knn(self, event: dict[str, Any]) -> None:
         self.knn[event["features"]] = event["top1"]
@@ -123,11 +124,10 @@ class Console:
             f"Done      {summary['steps']:,} steps in {duration(summary['wall_s'])}, loss "
             f"{summary['loss_final']:.3f}, {summary['images_per_s']:.0f} images/s"
         )
-        if summary["knn_final"] is not None:
-            self.say(
-                f"k-NN      {summary['knn_pixels']:.1%} raw pixels, {summary['knn_untrained']:.1%} untrained backbone, "
-                f"{summary['knn_final']:.1%} trained"
-            )
+        names = {"knn_pixels": "raw pixels", "knn_untrained": "untrained backbone", "knn_final": "trained"}
+        known = [f"{summary[key]:.1%} {name}" for key, name in names.items() if summary[key] is not None]
+        if known:
+            self.say(f"k-NN      {', '.join(known)}")
         if len(self.skipped):
             self.say(f"Skipped   {len(self.skipped):,} unreadable images, listed in {self.skipped.path}")
         self.say(f"Report    {report}")

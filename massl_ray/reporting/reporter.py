@@ -122,7 +122,7 @@ class Reporter(Silent):
                 self._knn("pixels", step, *(pixel_features(part, run.config.data) for part in (run.bank, run.queries)))
             accuracy = self._knn("untrained" if step == 0 else f"step_{step}", step, bank, queries)
             self.top1 = None if accuracy is None else (step, accuracy)
-        if step == run.resolved.steps:
+        if step == run.resolved.end:
             listing = run.bank if run.bank is not None else run.images.take(evenly(len(run.images), run.config.eval.max_images))
             found = bank or backbone_features(state.teacher.backbone, listing, run.config, device)
             near = nearest_neighbours(found, listing)

@@ -24,13 +24,15 @@ COLOURS = colormaps["viridis"]
 
 def write_page(root: Path, sweep: Sweep, rows: Sequence[Row], found: Sequence[Score]) -> Path:
     metric = sweep.sweep.metric
-    done = [row for row in rows if row.status == "finished" and not math.isnan(row.metric(metric))]
-    sections = [_head(root, metric, rows, found), _points(metric, found)]
+    last = max(row.trial.generation for row in rows)
+    known = [row for row in rows if row.status == "finished" and not math.isnan(row.metric(metric))]
+    done = [row for row in known if row.trial.generation == last]
+    sections = [_head(root, sweep, rows, found), _points(metric, found)]
     if done:
         charts = [*_maps(metric, done), *_responses(metric, done), _importance(metric, done), _parallel(metric, found)]
-        charts.append(_curves(root, metric, rows))
+        charts += [_curves(root, metric, rows), _lineage(metric, known) if last else ""]
         sections.append(f"<h2>What the settings do</h2><div class='charts'>{''.join(filter(None, charts))}</div>")
-    sections.append(_trials(metric, rows))
+    sections.append(_trials(sweep, rows))
     path = root / "report.html"
     write_atomically(path, page(root.name, sections))
     return path
@@ -61,10 +63,13 @@ def _scaled(metric: str, value: float) -> float:
     return 100 * value if metric == "knn" else value
 
 
-def _head(root: Path, metric: str, rows: Sequence[Row], found: Sequence[Score]) -> str:
+def _head(root: Path, sweep: Sweep, rows: Sequence[Row], found: Sequence[Score]) -> str:
+    metric = sweep.sweep.metric
     finished = sum(row.status == "finished" for row in rows)
-    hours = sum(row.seconds for row in rows if not math.isnan(row.seconds)) / 3600
-    cells = [(f"{finished:,}", f"of {len(rows):,} trials finished"), (f"{hours:.2f} h", "of trials' time")]
+    seconds = sum(row.seconds for row in rows if not math.isnan(row.seconds))
+    cells = [(f"{finished:,}", f"of {len(rows):,} trials finished"), (f"{seconds / 3600:.2f} h", "of trials' time")]
+    if sweep.sweep.price:
+        cells.append((_cost(sweep, seconds), f"at {sweep.sweep.price:g} an hour of a worker"))
     if found:
         cells.append((shown(metric, found[0].mean), f"{NAMES[metric]}, best point"))
     figures = "".join(f"<div><b>{value}</b>{name}</div>" for value, name in cells)
@@ -218,6 +223,22 @@ def _parallel(metric: str, found: Sequence[Score]) -> str:
     return _img(title, chart(title, "", draw, ""))
 
 
+def _lineage(metric: str, known: Sequence[Row]) -> str:
+    by_name = {row.trial.name: row for row in known}
+
+    def draw(axes: Axes) -> None:
+        for row in known:
+            axes.plot(row.images_seen, _scaled(metric, row.metric(metric)), "o", color=BLUE, markersize=4)
+            parent = by_name.get(row.trial.parent)
+            if parent:
+                taken = row.trial.name.split("-gen-")[0] != parent.trial.name.split("-gen-")[0]
+                ends = [_scaled(metric, each.metric(metric)) for each in (parent, row)]
+                axes.plot([parent.images_seen, row.images_seen], ends, color=ORANGE if taken else BLUE, linewidth=1)
+
+    title = "Generations (orange: took over another one's weights)"
+    return _img(title, chart(title, f"{NAMES[metric]} ({UNITS[metric]})", draw, "images seen"))
+
+
 def _curves(root: Path, metric: str, rows: Sequence[Row]) -> str:
     def series(row: Row) -> tuple[list[int], list[float]]:
         folder = folder_of(root, row.trial)
@@ -243,21 +264,30 @@ def _curves(root: Path, metric: str, rows: Sequence[Row]) -> str:
     return _img(title, chart(title, UNITS[metric], draw, "images seen"))
 
 
-def _trials(metric: str, rows: Sequence[Row]) -> str:
+def _cost(sweep: Sweep, seconds: float) -> str:
+    return "-" if math.isnan(seconds) else f"{(sweep.sweep.price or 0.0) * sweep.sweep.workers * seconds / 3600:.2f}"
+
+
+def _trials(sweep: Sweep, rows: Sequence[Row]) -> str:
+    metric, price = sweep.sweep.metric, sweep.sweep.price
     lines = ""
     for row in rows:
         link = f"trials/{row.trial.name}/report.html"
         took = "-" if math.isnan(row.seconds) else f"{row.seconds:.0f} s"
         state = row.status + (f": {row.cause}" if row.cause else "")
+        state += f", from {row.trial.parent}" if row.trial.parent else ""
+        state += f", micro-batch {row.micro_batch_size}" if row.micro_batch_size else ""
         cells = [
             text(words(row.trial.point)),
             row.trial.seed,
             text(state),
             took,
+            *([_cost(sweep, row.seconds)] if price else []),
             f"{row.images_seen:,}",
             shown(metric, row.metric(metric)),
         ]
         name = f"<a href='{text(link)}'>{text(row.trial.name)}</a>" if row.status == "finished" else text(row.trial.name)
         lines += "<tr>" + "".join(f"<td>{cell}</td>" for cell in [name, *cells]) + "</tr>"
-    head = "".join(f"<th>{name}</th>" for name in ("trial", "settings", "seed", "state", "time", "images", NAMES[metric]))
+    names = ("trial", "settings", "seed", "state", "time", *(["cost"] if price else []), "images", NAMES[metric])
+    head = "".join(f"<th>{name}</th>" for name in names)
     return f"<h2>Trials</h2><table><tr>{head}</tr>{lines}</table>"

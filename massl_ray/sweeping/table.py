@@ -9,7 +9,7 @@ from rich.live import Live
 from rich.table import Table
 
 from massl_ray.config.space import words
-from massl_ray.sweeping.trials import Row, Trial, row_of, shown
+from massl_ray.sweeping.trials import Row, Trial, read_outcome, row_of, shown
 
 LOOK_S = 1.0  # between looks at the trials' files
 
@@ -21,7 +21,7 @@ class SweepTable:
         self.root, self.trials, self.metric = root, trials, metric
         self.console = Console(highlight=False, emoji=False)
         self.live = Live(console=self.console, auto_refresh=False) if self.console.is_terminal else None
-        self.told: set[str] = set()
+        self.told = {trial.name for trial in trials if read_outcome(root, trial)}
         self.over = threading.Event()
         self.thread = threading.Thread(target=self._watch, name="table", daemon=True)
 

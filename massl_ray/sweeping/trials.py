@@ -3,17 +3,19 @@ was ended goes on from them."""
 
 import json
 import math
+import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import mean, stdev
 
-from massl_ray.config import Config, to_toml, validate
-from massl_ray.config.space import Plan, Point, at
+from massl_ray.config import Config, load, to_toml
+from massl_ray.config.space import Point, at
 from massl_ray.reporting.summary import read_knn, read_metrics
+from massl_ray.training.checkpoint import list_checkpoints
 from massl_ray.training.run import write_atomically, write_json
 
-OUTCOME = "trial.json"
+OUTCOME, TRIALS = "trial.json", "trials.json"
 HIGHER = {"knn": True, "effective_rank": True, "loss": False}
 """Whether more of a metric is better."""
 
@@ -32,6 +34,9 @@ class Trial:
     name: str
     point: Point
     seed: int
+    parent: str = ""  # the trial whose last checkpoint this one goes on from
+    generation: int = 0  # of a population
+    stop_at: int | None = None  # step
 
 
 @dataclass(frozen=True)
@@ -41,6 +46,7 @@ class Outcome:
     status: str
     seconds: float
     cause: str = ""
+    micro_batch_size: int | None = None  # where it had to be smaller than the settings say
 
 
 @dataclass(frozen=True)
@@ -51,6 +57,7 @@ class Row:
     status: str  # as of Outcome, or waiting
     cause: str
     seconds: float
+    micro_batch_size: int | None
     images_seen: int
     knn: float  # share of right answers; nan where there are no classes
     knn_step: int
@@ -66,29 +73,78 @@ class Row:
         return self.images_seen * self.knn_step // max(1, self.steps) if name == "knn" else self.images_seen
 
 
-def trials_of(plan: Plan, seeds: Sequence[int]) -> list[Trial]:
-    width = len(str(len(plan.points) - 1))
+def trials_of(points: Sequence[Point], seeds: Sequence[int], *, first: int = 0, of: int = 0) -> list[Trial]:
+    """One for each point and seed. `first`: the number of the first point among the `of` that there will be."""
+    width = len(str(max(of, len(points)) - 1))
     return [
-        Trial(f"{number:0{width}d}-seed-{seed}", point, seed) for seed in seeds for number, point in enumerate(plan.points)
+        Trial(f"{number:0{width}d}-seed-{seed}", point, seed) for seed in seeds for number, point in enumerate(points, first)
     ]  # seed by seed: ended early, a sweep has seen every point as often as any other
+
+
+def write_trials(root: Path, trials: Sequence[Trial]) -> None:
+    write_json(root / TRIALS, [asdict(trial) for trial in trials])
+
+
+def read_trials(root: Path) -> list[Trial]:
+    """All that were drawn so far; none where the sweep has not begun."""
+    path = root / TRIALS
+    return [Trial(**values) for values in json.loads(path.read_text())] if path.exists() else []
 
 
 def folder_of(root: Path, trial: Trial) -> Path:
     return root / "trials" / trial.name
 
 
-def write_settings(root: Path, trial: Trial, base: Config, workers: int, *, shared: bool) -> Path:
-    """The file that `massl-ray train --config` runs the trial from. Where others run at the same time, views are made by one task
-    for each worker unless base says otherwise."""
-    config = at(base, trial.point | {"run.seed": trial.seed, "run.dir": str(folder_of(root, trial))})
-    values = config.model_dump()
-    values["elastic"] |= {"min_workers": 1, "max_workers": workers}
+def settings_of(root: Path, trial: Trial) -> Path:
+    """The file that `massl-ray train --config` runs the trial from."""
+    return root / "settings" / f"{trial.name}.toml"
+
+
+def write_settings(root: Path, trial: Trial, base: Config, workers: int, *, shared: bool) -> None:
+    """Where other trials run at the same time, views are made by one task for each worker unless base says otherwise. A child has
+    its parent's settings but for its own point."""
+    if trial.parent:
+        base = load(["--config", str(root / "trials" / trial.parent / "config.toml")])
+    own = {"run.seed": trial.seed, "run.dir": str(folder_of(root, trial)), "train.stop_at": trial.stop_at}
+    own |= {"elastic.min_workers": 1, "elastic.max_workers": workers}
     if shared and base.elastic.view_tasks == "auto":
-        values["elastic"]["view_tasks"] = 1
-    path = root / "settings" / f"{trial.name}.toml"
+        own["elastic.view_tasks"] = 1
+    _write(settings_of(root, trial), at(base, trial.point | own))
+
+
+def shrink(root: Path, trial: Trial) -> int | None:
+    """After a trial was out of memory: half the micro-batch, in its settings, and nothing left of the run. Returns it, in images;
+    None where there is nothing to halve."""
+    folder = folder_of(root, trial)
+    if not (folder / "config.toml").exists():
+        return None
+    config = load(["--config", str(folder / "config.toml")])
+    batch, micro = config.train.global_batch_size, config.train.micro_batch_size
+    assert micro != "auto"  # a run's own settings are filled in
+    smaller = max((size for size in range(1, micro // 2 + 1) if batch % size == 0), default=None)
+    if smaller is not None:
+        _write(settings_of(root, trial), at(load(["--config", str(settings_of(root, trial))]), {"train.micro_batch_size": smaller}))
+        shutil.rmtree(folder)
+    return smaller
+
+
+def hand_over(root: Path, trial: Trial) -> None:
+    """Lay a child's run directory out, where it is not there yet, with its parent's last checkpoint to go on from."""
+    folder = folder_of(root, trial)
+    if not trial.parent or (folder / "config.toml").exists():
+        return
+    aside = folder.with_name(f".{trial.name}")
+    shutil.rmtree(aside, ignore_errors=True)
+    shutil.rmtree(folder, ignore_errors=True)
+    *_, last = list_checkpoints(root / "trials" / trial.parent / "checkpoints")
+    shutil.copytree(Path(str(last)), aside / "checkpoints" / last.name)
+    shutil.copy(settings_of(root, trial), aside / "config.toml")
+    aside.rename(folder)
+
+
+def _write(path: Path, config: Config) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, to_toml(validate(values)))
-    return path
+    write_atomically(path, to_toml(config))
 
 
 def write_outcome(root: Path, trial: Trial, outcome: Outcome) -> None:
@@ -123,6 +179,7 @@ def row_of(root: Path, trial: Trial) -> Row:
         outcome.status if outcome else "waiting",
         outcome.cause if outcome else "",
         outcome.seconds if outcome else math.nan,
+        outcome.micro_batch_size if outcome else None,
         int(last.get("images_seen", 0)),
         trained[-1]["top1"] if trained else math.nan,
         trained[-1]["step"] if trained else 0,
@@ -142,11 +199,14 @@ class Score:
     seeds: int
 
 
-def scores(rows: Sequence[Row], metric: str) -> list[Score]:
-    """Points with a finished trial at least, the best first; those with fewer seeds than others after all of them."""
+def scores(rows: Sequence[Row], metric: str, *, of: Sequence[str] = ("finished",)) -> list[Score]:
+    """Points with a trial that ended so, the best first; those with fewer seeds than others after all of them. Of a population the
+    last generation counts."""
+    known = [row for row in rows if row.status in of and not math.isnan(row.metric(metric))]
+    last = max((row.trial.generation for row in known), default=0)
     by_point: dict[str, list[Row]] = {}
-    for row in rows:
-        if row.status == "finished" and not math.isnan(row.metric(metric)):
+    for row in known:
+        if row.trial.generation == last:
             by_point.setdefault(json.dumps(row.trial.point), []).append(row)
     found = []
     for group in by_point.values():

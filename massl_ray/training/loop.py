@@ -52,7 +52,7 @@ class Recorder(Protocol):
 
 
 def train(run: Run, state: State, batches: Iterable[Views], collectives: Local | Distributed, recorder: Recorder) -> Outcome:
-    """Train from `state.step` to the last step; `batches` begins with the batch of `state.step`.
+    """Train from `state.step` to the run's end; `batches` begins with the batch of `state.step`.
 
     Returns when the run is over, for whatever reason, on every worker after the same step.
     """
@@ -67,7 +67,7 @@ def train(run: Run, state: State, batches: Iterable[Views], collectives: Local |
     pending.restart_clock()
 
     source = iter(batches)
-    while state.step < resolved.steps:
+    while state.step < resolved.end:
         asked = time.perf_counter()
         views = next(source)
         waited_s = time.perf_counter() - asked
@@ -80,7 +80,7 @@ def train(run: Run, state: State, batches: Iterable[Views], collectives: Local |
         pending.add(state.step, metrics, schedule, waited_s, views.skipped)
         wish = Wish(agreement())
 
-        last, save = state.step == resolved.steps, state.step % config.train.checkpoint_every == 0
+        last, save = state.step == resolved.end, state.step % config.train.checkpoint_every == 0
         evaluate = last or (config.eval.knn_every and state.step % config.eval.knn_every == 0)
         if save or evaluate or wish or state.step % config.train.log_every == 0:
             lines = pending.flush()

@@ -28,6 +28,7 @@ FREE_TO_CHANGE = (
     "data.cache_gb",
     "data.max_skipped",
     "train.steps",
+    "train.stop_at",
     "train.epochs",
     "train.log_every",
     "train.checkpoint_every",

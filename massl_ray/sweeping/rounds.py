@@ -1,0 +1,69 @@
+"""The trials of a sweep, a round after the other: nobody draws from a round before all of the one before it is over."""
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from massl_ray.config import Config
+from massl_ray.config.space import Plan, Sweep
+from massl_ray.sweeping.search import next_trials, stop_of
+from massl_ray.sweeping.trials import Trial, forget_outcome, is_over, read_trials, row_of, trials_of, write_trials
+
+
+class Rounds:
+    """What was drawn stands in trials.json, so a sweep that was ended goes on with the trials it had.
+
+    Attributes:
+        trials: all that were drawn so far, also those of earlier commands.
+    """
+
+    def __init__(self, root: Path, sweep: Sweep, base: Config, dataset_size: int, plan: Plan):
+        self.root, self.sweep, self.base, self.dataset_size = root, sweep, base, dataset_size
+        self.trials: list[Trial] = read_trials(root)
+        self.running: set[str] = set()
+        self.waiting: deque[Trial] = deque()
+        if self.trials:
+            last = self.trials[-1].generation
+            self.waiting.extend(trial for trial in self.trials if not is_over(root, trial) and trial.generation == last)
+            for trial in self.waiting:
+                forget_outcome(root, trial)
+        else:
+            of = sweep.sweep.points if sweep.sweep.search == "optuna" else 0
+            stop_at = stop_of(sweep, base, dataset_size, generation=0)
+            first = trials_of(plan.points, sweep.sweep.seeds, of=of)
+            if stop_at:
+                first = [replace(trial, name=f"{trial.name}-gen-0", stop_at=stop_at) for trial in first]
+            self._draw(first)
+
+    @property
+    def left(self) -> Sequence[Trial]:
+        """Those that wait, of the trials drawn so far."""
+        return tuple(self.waiting)
+
+    @property
+    def over(self) -> bool:
+        """Whether no trial waits, runs, or will be drawn."""
+        if not self.waiting and not self.running:
+            self._draw(self._next())
+        return not self.waiting and not self.running
+
+    def take(self) -> Trial | None:
+        """The next one to run; None while those that run must be over before it is known."""
+        if self.over or not self.waiting:
+            return None
+        trial = self.waiting.popleft()
+        self.running.add(trial.name)
+        return trial
+
+    def done(self, trial: Trial) -> None:
+        self.running.discard(trial.name)
+
+    def _next(self) -> list[Trial]:
+        return next_trials(self.sweep, self.base, self.dataset_size, [row_of(self.root, trial) for trial in self.trials])
+
+    def _draw(self, trials: Sequence[Trial]) -> None:
+        if trials:
+            self.trials += trials
+            self.waiting.extend(trials)
+            write_trials(self.root, self.trials)
