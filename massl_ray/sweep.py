@@ -67,6 +67,11 @@ def _sweep(text: str, sweep: Sweep, base: Config) -> int:
     base = at(base, {"run.dir": str(root)})
     check_search(sweep)
     images = open_source(base.data.source, cache_gb=base.data.cache_gb)
+    if sweep.sweep.metric == "knn" and images.labels is None:
+        raise UserError(
+            f"sweep.metric is knn, but {images.root} has no labels, so no trial would report it: take effective_rank, or sort the "
+            "images into folders."
+        )
     found = plan(sweep, base, len(images))
     for point, fault in found.refused[:SHOWN]:
         print(f"Left out  {words(point)}: {fault}")
@@ -102,7 +107,7 @@ def _announce(sweep: Sweep, rounds: "Rounds") -> None:
     known, left = len(rounds.trials), len(rounds.left)
     later = {
         "optuna": f" of {sweep.sweep.points * len(sweep.sweep.seeds):,}; each {sweep.sweep.round} points follow from those before",
-        "population": f" of {sweep.sweep.generations} generations",
+        "population": f" in {sweep.sweep.generations} generations",
     }
     more = later.get(sweep.sweep.scheduler) or later.get(sweep.sweep.search) or ""
     print(f"Trials    {known:,}{more}{f', {left:,} left' if left < known else ''}")

@@ -1,12 +1,14 @@
 """What comes next: Optuna's rounds and a population's generations, as pure functions of what came out."""
 
 import math
+import sys
 
 import pytest
 
 from massl_ray.config import load
-from massl_ray.config.space import Sweep
-from massl_ray.sweeping.search import next_trials, stop_of
+from massl_ray.config.space import Sweep, Values
+from massl_ray.errors import UserError
+from massl_ray.sweeping.search import _moved, check_search, next_trials, stop_of
 from massl_ray.sweeping.trials import Row, Trial, trials_of
 
 BASE = load(["--train.steps", "90"])
@@ -23,6 +25,15 @@ def sweep(space: dict, **section) -> Sweep:
 def hill(point: dict) -> float:
     """Highest at 4,096 slots and a temperature of 0.1."""
     return 1 - 0.1 * abs(math.log2(point["memory.size"]) - 12) - abs(math.log(point["loss.student_temp"] / 0.1))
+
+
+def test_optuna_is_an_extra(monkeypatch):
+    spec = sweep({"memory.size": {"choice": (256, 512)}}, search="optuna")
+    check_search(spec)
+    monkeypatch.setitem(sys.modules, "optuna", None)
+    with pytest.raises(UserError, match=r"needs Optuna: pip install 'massl-ray\[optuna\]'"):
+        check_search(spec)
+    check_search(sweep({"memory.size": {"choice": (256, 512)}}))
 
 
 class TestOptuna:
@@ -135,8 +146,26 @@ class TestPopulation:
     def test_steps_stay_in_the_space(self):
         edge = [{"loss.student_temp": 0.2, "memory.num_blocks": 16}] * 8
         past = [row(Trial(f"{m}-seed-0-gen-0", point, 0), float(m)) for m, point in enumerate(edge)]
-        for child in next_trials(self.SPEC, BASE, 3_000, past):
-            assert 0.05 <= child.point["loss.student_temp"] <= 0.2 and child.point["memory.num_blocks"] in (8, 16)
+        moved = [child.point for child in next_trials(self.SPEC, BASE, 3_000, past)[:2]]
+        assert moved == [{"loss.student_temp": pytest.approx(0.16), "memory.num_blocks": 8}] * 2
+
+    @pytest.mark.parametrize(
+        ("values", "value", "steps"),
+        [
+            ({"uniform": (0.1, 1.0)}, 0.1, {0.125}),
+            ({"uniform": (0.1, 1.0)}, 0.5, {0.4, 0.625}),
+            ({"uniform": (0.1, 1.0)}, 0.9, {0.72}),
+            ({"uniform": (0.9, 1.0)}, 0.95, {1.0}),
+            ({"grid": (1, 2, 3)}, 1, {2}),
+            ({"grid": (1, 2, 3)}, 2, {1, 3}),
+            ({"grid": (1, 2, 3)}, 3, {2}),
+            ({"grid": (1,)}, 1, {1}),
+        ],
+    )
+    def test_a_step(self, values, value, steps):
+        """Inwards at an edge."""
+        moved = {_moved(Values(**values), value, up) for up in (False, True)}
+        assert sorted(moved) == pytest.approx(sorted(steps))
 
     def test_it_ends(self):
         past = [row(trial, 0.5) for generation in range(3) for trial in self.members(generation)]

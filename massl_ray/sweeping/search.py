@@ -69,7 +69,7 @@ def _next_generation(sweep: Sweep, base: Config, dataset_size: int, past: Sequen
 
 
 def _a_step_away(sweep: Sweep, base: Config, dataset_size: int, point: Point, draws: Any) -> Point:
-    """Every setting one step up or down; the point itself if none of the draws can be run."""
+    """Every setting one step up or down, at an edge of the space inwards; the point itself if none of the draws can be run."""
     for _ in range(TRIES):
         moved = {key: _moved(values, point[key], bool(draws.integers(2))) for key, values in sweep.space.items()}
         if why_not(sweep, base, moved, dataset_size) is None:
@@ -79,10 +79,12 @@ def _a_step_away(sweep: Sweep, base: Config, dataset_size: int, point: Point, dr
 
 def _moved(values: Values, value: Any, up: bool) -> Any:
     if values.listed:
-        place = values.listed.index(value) + (1 if up else -1)
-        return values.listed[min(max(place, 0), len(values.listed) - 1)]
+        place, last = values.listed.index(value), len(values.listed) - 1
+        up = place == 0 or (up and place < last)
+        return values.listed[min(place + 1, last) if up else place - 1]
     low, high = values.bounds
-    return min(max(value * (STEP if up else 1 / STEP), low), high)
+    up = value / STEP < low or (up and value * STEP <= high)
+    return min(value * STEP, high) if up else value / STEP
 
 
 def _by_optuna(sweep: Sweep, base: Config, dataset_size: int, past: Sequence[Row]) -> list[Trial]:
