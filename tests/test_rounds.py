@@ -47,11 +47,11 @@ def test_a_round_waits_for_the_one_before(tmp_path):
 
 
 def test_a_new_start_goes_on_with_the_same_trials(tmp_path):
-    whole = rounds_in(tmp_path / "whole", OPTUNA) if (tmp_path / "whole").mkdir() is None else None
-    assert whole
+    for name in ("whole", "often"):
+        (tmp_path / name).mkdir()
+    whole = rounds_in(tmp_path / "whole", OPTUNA)
     while trial := whole.take():
         end(tmp_path / "whole", whole, trial)
-    (tmp_path / "often").mkdir()
     for _ in range(10):  # a new start before every trial
         rounds = rounds_in(tmp_path / "often", OPTUNA)
         if trial := rounds.take():

@@ -28,6 +28,7 @@ class Rounds:
             self.waiting.extend(trial for trial in self.trials if not is_over(root, trial) and trial.generation == last)
             for trial in self.waiting:
                 forget_outcome(root, trial)
+            self._go_on()
         else:
             of = sweep.sweep.points if sweep.sweep.search == "optuna" else 0
             stop_at = stop_of(sweep, base, dataset_size, generation=0)
@@ -44,23 +45,25 @@ class Rounds:
     @property
     def over(self) -> bool:
         """Whether no trial waits, runs, or will be drawn."""
-        if not self.waiting and not self.running:
-            self._draw(self._next())
         return not self.waiting and not self.running
 
     def take(self) -> Trial | None:
-        """The next one to run; None while those that run must be over before it is known."""
-        if self.over or not self.waiting:
+        """The next one to run; None while those that run must be over before it is known, and when all are."""
+        if not self.waiting:
             return None
         trial = self.waiting.popleft()
         self.running.add(trial.name)
         return trial
 
     def done(self, trial: Trial) -> None:
+        """Its outcome is written. After the last one of a round the next round is drawn."""
         self.running.discard(trial.name)
+        self._go_on()
 
-    def _next(self) -> list[Trial]:
-        return next_trials(self.sweep, self.base, self.dataset_size, [row_of(self.root, trial) for trial in self.trials])
+    def _go_on(self) -> None:
+        if self.over:
+            rows = [row_of(self.root, trial) for trial in self.trials]
+            self._draw(next_trials(self.sweep, self.base, self.dataset_size, rows))
 
     def _draw(self, trials: Sequence[Trial]) -> None:
         if trials:
