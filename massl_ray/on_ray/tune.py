@@ -63,9 +63,6 @@ class _InRounds(Searcher):
         """Nothing: all there is to keep stands in the sweep's directory."""
         Path(checkpoint_path).touch()
 
-    def restore(self, checkpoint_path: str) -> None:
-        raise NotImplementedError("a sweep goes on from its directory")
-
 
 def run_trials(rounds: Rounds, begin: Callable[[Trial], None], at_once: int, images: int) -> None:
     """Run the trials of all rounds to their ends, `at_once` at a time. Each leaves its outcome in its directory, also where it
