@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 
 import pytest
 from rich.console import Console
@@ -52,7 +53,7 @@ def test_lines(shown, tmp_path):
 
 
 def test_terminal(shown, tmp_path):
-    text = shown(lambda: happen(tmp_path), terminal=True)
+    text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown(lambda: happen(tmp_path), terminal=True))
     last = [" ".join(line.split()) for line in text[text.rindex("trial  ") :].splitlines()]
     images = metrics_line(10)["images_seen"], metrics_line(5)["images_seen"]
     assert last[0] == "trial settings state images loss"
