@@ -9,7 +9,8 @@ import time
 PARENT = """
 import subprocess, sys, time
 from massl_ray.on_ray.child import ends_with_its_parent
-child = subprocess.Popen(["sleep", "600"], stdout=subprocess.DEVNULL, preexec_fn=ends_with_its_parent if sys.argv[1] == "bound" else None)
+first = ends_with_its_parent if sys.argv[1] == "bound" else None
+child = subprocess.Popen(["sleep", "600"], stdout=subprocess.DEVNULL, preexec_fn=first)
 print(child.pid, flush=True)
 time.sleep(600)
 """
