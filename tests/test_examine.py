@@ -95,6 +95,11 @@ def test_many_names_are_counted():
     assert lines[1] == "Broken    12 cannot be read" and lines[-1] == "          ... 7 more" and len(lines) == 8
 
 
+def test_names_stay_in_their_line():
+    found = examined(listed("/nowhere", ["a\nb\x1b[2Jü.jpg"]))
+    assert describe(found).splitlines()[-1].startswith("          /nowhere/a\\nb\\x1b[2Jü.jpg: FileNotFoundError")
+
+
 def test_names_that_are_no_text(tmp_path):
     found = examined(listed(str(tmp_path), [b"\xff.png".decode(errors="surrogateescape")]))
     assert found.broken[0]["path"] == f"{tmp_path}/\\udcff.png" and json.dumps(asdict(found))

@@ -159,7 +159,12 @@ def _named(kind: str, count: int, what: str, names: list[str]) -> list[str]:
     if not count:
         return []
     more = [f"          ... {len(names) - SHOWN:,} more"] if len(names) > SHOWN else []
-    return [f"{kind:<10}{count:,} {what}", *(f"          {name}" for name in names[:SHOWN]), *more]
+    return [f"{kind:<10}{count:,} {what}", *(f"          {_in_a_line(name)}" for name in names[:SHOWN]), *more]
+
+
+def _in_a_line(name: str) -> str:
+    """File names may be any bytes: line feeds, and what makes a terminal do things."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in name)
 
 
 def _counts(values: list[Any]) -> dict[Any, int]:
