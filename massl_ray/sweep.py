@@ -117,6 +117,7 @@ def _run(rounds: "Rounds") -> None:
     from massl_ray.config import resolve
     from massl_ray.on_ray.cluster import cluster
     from massl_ray.on_ray.tune import room, run_trials
+    from massl_ray.sweeping.results import Interim, write_results
     from massl_ray.sweeping.table import SweepTable
     from massl_ray.sweeping.trials import Trial, write_settings
 
@@ -130,7 +131,8 @@ def _run(rounds: "Rounds") -> None:
         def begin(trial: Trial) -> None:
             write_settings(rounds.root, trial, base, sweep.sweep.workers, shared=at_once > 1)
 
-        run_trials(rounds, begin, at_once, resolve(base, rounds.dataset_size).total_images)
+        interim = Interim(lambda: write_results(rounds.root, sweep, base, rounds.trials))
+        run_trials(rounds, begin, interim, at_once, resolve(base, rounds.dataset_size).total_images)
 
 
 if __name__ == "__main__":

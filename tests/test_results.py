@@ -11,8 +11,9 @@ import pytest
 
 from massl_ray.config import load
 from massl_ray.config.space import Sweep, base_of
+from massl_ray.sweeping import results
 from massl_ray.sweeping.page import importance
-from massl_ray.sweeping.results import to_table, write_results
+from massl_ray.sweeping.results import Interim, to_table, write_results
 from massl_ray.sweeping.trials import Outcome, Row, Trial, folder_of, write_outcome
 from tests.helpers import metrics_line
 from tests.test_html import Page
@@ -120,6 +121,27 @@ def test_nothing_has_finished(tmp_path):
     trial = write_trial(tmp_path, "w", 64, 2, 0, None, "waiting")
     assert write_results(tmp_path, SPEC, base_of(SPEC), [trial]) == []
     assert "No trial has finished yet." in Page(tmp_path / "report.html").texts and not (tmp_path / "best.toml").exists()
+
+
+def test_interim_results_take_a_twentieth_of_the_time(monkeypatch):
+    class Clock:
+        now, written = 1000.0, 0
+
+        def monotonic(self) -> float:
+            return self.now
+
+        def write(self) -> None:
+            self.now, self.written = self.now + 2.0, self.written + 1
+
+    clock = Clock()
+    monkeypatch.setattr(results, "time", clock)
+    interim = Interim(clock.write)
+    counts = []
+    for pause in (0.0, 1.0, 36.0, 1.0, 1.0):
+        clock.now += pause
+        interim()
+        counts.append(clock.written)
+    assert counts == [1, 1, 1, 2, 2]
 
 
 def test_importance_by_hand():

@@ -18,6 +18,7 @@ from tests.test_train import plain_environment
 SPEC = """
 [sweep]
 metric = "loss"
+at_once = 1
 [settings.train]
 steps = 6
 [space]
@@ -88,6 +89,7 @@ def test_killed_and_continued(flags, tmp_path):
     killed.communicate()
     first = root / "trials" / "0-seed-0" / "trial.json"
     written = os.stat(first).st_mtime_ns
+    assert [row[3] for row in results(root)] == ["finished", "waiting", "waiting"]  # also in the middle
     again = start("--resume", str(root))
     _, err = again.communicate()
     assert again.returncode == 0, err

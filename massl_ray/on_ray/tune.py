@@ -38,9 +38,9 @@ RUNGS, RUNG = 3, 3  # of successive halving: looks at a trial before its end, an
 class _InRounds(Searcher):
     """Hands the trials of a sweep to Tune, which knows of no order between them."""
 
-    def __init__(self, rounds: Rounds, begin: Callable[[Trial], None]):
+    def __init__(self, rounds: Rounds, begin: Callable[[Trial], None], ended: Callable[[], None]):
         super().__init__(metric="score", mode="max")
-        self.rounds, self.begin = rounds, begin
+        self.rounds, self.begin, self.ended = rounds, begin, ended
         self.trials: dict[str, Trial] = {}  # by Tune's names
 
     def suggest(self, trial_id: str) -> Any:
@@ -58,18 +58,20 @@ class _InRounds(Searcher):
             cause = f"Ray Tune lost it; what it said stands in {self.rounds.root}/logs/{trial.name}.log" if error else ""
             write_outcome(self.rounds.root, trial, Outcome("failed" if error else "stopped early", seconds, cause))
         self.rounds.done(trial)
+        self.ended()
 
     def save(self, checkpoint_path: str) -> None:
         """Nothing: all there is to keep stands in the sweep's directory."""
         Path(checkpoint_path).touch()
 
 
-def run_trials(rounds: Rounds, begin: Callable[[Trial], None], at_once: int, images: int) -> None:
+def run_trials(rounds: Rounds, begin: Callable[[Trial], None], ended: Callable[[], None], at_once: int, images: int) -> None:
     """Run the trials of all rounds to their ends, `at_once` at a time. Each leaves its outcome in its directory, also where it
     fails.
 
     Args:
         begin: called with every trial before it runs.
+        ended: called whenever one has ended.
         images: that a whole trial sees.
     """
     metric, scheduler = rounds.sweep.sweep.metric, rounds.sweep.sweep.scheduler
@@ -80,7 +82,7 @@ def run_trials(rounds: Rounds, begin: Callable[[Trial], None], at_once: int, ima
         tune_config=tune.TuneConfig(
             metric="score",
             mode="max",
-            search_alg=_InRounds(rounds, begin),
+            search_alg=_InRounds(rounds, begin, ended),
             scheduler=_asha(images) if scheduler == "asha" else FIFOScheduler(),
             num_samples=-1,  # until there are no more
             max_concurrent_trials=at_once,

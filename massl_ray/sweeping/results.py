@@ -1,6 +1,8 @@
 """What a sweep leaves: results.csv and results.parquet, a line a trial; best.toml for `massl-ray train --config`; report.html;
 tensorboard/."""
 
+import math
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -31,6 +33,21 @@ def write_results(root: Path, sweep: Sweep, base: Config, trials: Sequence[Trial
     write_page(root, sweep, rows, found)
     write_board(root, rows)
     return found
+
+
+class Interim:
+    """Results while a sweep runs: written anew when called, but for a twentieth of the time at most."""
+
+    def __init__(self, write: Callable[[], object]):
+        self.write = write
+        self.next = -math.inf  # by time.monotonic
+
+    def __call__(self) -> None:
+        begun = time.monotonic()
+        if begun >= self.next:
+            self.write()
+            now = time.monotonic()
+            self.next = now + 19 * (now - begun)
 
 
 def _best(root: Path, base: Config, rows: Sequence[Row], best: Score) -> Config:
