@@ -1,5 +1,7 @@
 """The command: one JSON object with the agreed fields, no Ray, operations counted right."""
 
+import importlib
+import inspect
 import json
 import math
 import sys
@@ -22,6 +24,12 @@ def test_unknown_name_is_refused(capsys):
     with pytest.raises(SystemExit) as stop:
         main(["readuot"])
     assert stop.value.code == 2 and "readout" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["readout", "views", "step", "resize", "exact", "cost", "ingest"])
+def test_every_bench_runs_without_options(name):
+    run = importlib.import_module(f"massl_ray.benches.{name}").run
+    assert [each.name for each in inspect.signature(run).parameters.values() if each.default is each.empty] == ["device"]
 
 
 def test_readout_fields(capsys, monkeypatch):

@@ -24,7 +24,7 @@ NUMBER = 32  # photographs a round
 BLUR_TAPS = 9  # of torchvision's blur, as recipes with this range of sigma have it; ours has up to 11
 
 
-def run(device: torch.device, rounds: int, photos: str | None = None) -> dict[str, Any]:
+def run(device: torch.device, rounds: int = 7, photos: str | None = None) -> dict[str, Any]:
     """CPU seconds of each side in turn; what comes out is uint8 for all of them, the normalization being the device's work."""
     torch.set_num_threads(1)
     cv2.setNumThreads(1)
