@@ -154,7 +154,7 @@ def test_a_population_hands_weights_on(flags, tmp_path):
         checkpoints = [root / "trials" / name / "checkpoints" / "step_4" for name in (row["parent"], row["trial"])]
         parent, child = (json.loads((checkpoint / "manifest.json").read_text()) for checkpoint in checkpoints)
         assert child["state_sha256"] == parent["state_sha256"]
-    changed = [row["loss.student_temp"] != first[member]["loss.student_temp"] for member, row in enumerate(second)]
+    changed = [row["loss.student_temp"] != first[best]["loss.student_temp"] for row in second]
     assert changed == [member == worst for member in range(2)]
     metrics = (root / "trials" / second[worst]["trial"] / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in metrics] == [5, 6, 7, 8]
