@@ -38,6 +38,14 @@ def start(*arguments: str) -> subprocess.Popen[str]:
     return subprocess.Popen(command, env=plain_environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
+def whole(*arguments: str) -> str:
+    """What a sweep that goes well prints."""
+    process = start(*arguments)
+    out, err = process.communicate()
+    assert process.returncode == 0, err
+    return out
+
+
 def once_there(path: Path, process: subprocess.Popen[str]) -> None:
     deadline = time.monotonic() + 120
     while not path.exists() and process.poll() is None and time.monotonic() < deadline:
@@ -75,9 +83,7 @@ def test_mistakes_are_one_sentence(flags, tiny_images, tmp_path, capsys):
 @pytest.mark.slow
 def test_killed_and_continued(flags, tmp_path):
     """One of three trials cannot run, which the others do not mind. A sweep whose command is killed ends with the same table."""
-    whole = start(*flags, "--run.dir", str(tmp_path / "whole"))
-    out, err = whole.communicate()
-    assert whole.returncode == 0, err
+    out = whole(*flags, "--run.dir", str(tmp_path / "whole"))
     expected = results(tmp_path / "whole")
     assert [row[3] for row in expected] == ["finished", "finished", "failed"] and "no_such_net" in expected[2][4]
     assert "2-seed-0  failed in" in out and (tmp_path / "whole" / "trials" / "0-seed-0" / "summary.json").exists()
@@ -90,9 +96,7 @@ def test_killed_and_continued(flags, tmp_path):
     first = root / "trials" / "0-seed-0" / "trial.json"
     written = os.stat(first).st_mtime_ns
     assert [row[3] for row in results(root)] == ["finished", "waiting", "waiting"]  # also in the middle
-    again = start("--resume", str(root))
-    _, err = again.communicate()
-    assert again.returncode == 0, err
+    whole("--resume", str(root))
     assert results(root) == expected and os.stat(first).st_mtime_ns == written  # not repeated
 
     other = start(*flags, "--run.dir", str(root), "--train.steps", "7")
@@ -122,9 +126,7 @@ def test_trials_that_lag_behind_end_early(flags, tmp_path):
         '[space]\n"memory.size" = {choice = [16, 256]}\n'
     )
     root = tmp_path / "sweep"
-    process = start(*flags, "--run.dir", str(root))
-    _, err = process.communicate()
-    assert process.returncode == 0, err
+    whole(*flags, "--run.dir", str(root))
     first, second = csv.DictReader((root / "results.csv").open())
     assert first["status"] == "finished" and int(first["images_seen"]) == 90 * 8
     assert second["status"] == "stopped early" and int(second["images_seen"]) < 90 * 8
@@ -139,9 +141,7 @@ def test_a_population_hands_weights_on(flags, tmp_path):
         '[settings.train]\nsteps = 8\n[space]\n"loss.student_temp" = {grid = [0.1, 0.4]}\n'
     )
     root = tmp_path / "sweep"
-    process = start(*flags, "--run.dir", str(root), "--checkpoint.keep", "9")
-    out, err = process.communicate()
-    assert process.returncode == 0, err
+    out = whole(*flags, "--run.dir", str(root), "--checkpoint.keep", "9")
     assert "Trials    2 in 2 generations" in out
     rows = list(csv.DictReader((root / "results.csv").open()))
     first, second = rows[:2], rows[2:]
@@ -203,9 +203,7 @@ def test_a_trial_out_of_memory_has_smaller_micro_batches(flags, tmp_path, monkey
         '[sweep]\nmetric = "loss"\n[settings.train]\nsteps = 2\n[space]\n"loss.student_temp" = {choice = [0.1]}\n'
     )
     root = tmp_path / "sweep"
-    process = start(*flags, "--run.dir", str(root), "--train.micro_batch_size", "8")
-    _, err = process.communicate()
-    assert process.returncode == 0, err
+    whole(*flags, "--run.dir", str(root), "--train.micro_batch_size", "8")
     (row,) = csv.DictReader((root / "results.csv").open())
     assert (row["status"], row["train.micro_batch_size"]) == ("finished", "4")
     assert "micro_batch_size = 4" in (root / "best.toml").read_text()

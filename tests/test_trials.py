@@ -18,6 +18,7 @@ from massl_ray.sweeping.trials import (
     folder_of,
     hand_over,
     is_over,
+    micro_batch_of,
     read_outcome,
     read_trials,
     row_of,
@@ -68,16 +69,24 @@ def test_smaller_micro_batches(tmp_path):
     """The largest divisor up to half, down to one image; the run begins anew."""
     sizes = []
     write_run(tmp_path, TRIAL, load(["--train.global_batch_size", "24", "--train.micro_batch_size", "auto"]))
-    while size := shrink(tmp_path, TRIAL):
+    while shrink(tmp_path, TRIAL):
         assert not folder_of(tmp_path, TRIAL).exists()
         config = load(["--config", str(settings_of(tmp_path, TRIAL))])
-        assert (config.train.micro_batch_size, config.memory.size, config.run.seed) == (size, 512, 1)
-        sizes.append(size)
+        assert (config.memory.size, config.run.seed) == (512, 1)
+        sizes.append(micro_batch_of(tmp_path, TRIAL))
         folder_of(tmp_path, TRIAL).mkdir(parents=True)
         (folder_of(tmp_path, TRIAL) / "config.toml").write_text(to_toml(fill(config, resolve(config, 3_000))))
     assert sizes == [12, 6, 3, 1]
     shutil.rmtree(folder_of(tmp_path, TRIAL))
-    assert shrink(tmp_path, TRIAL) is None  # it had not even begun
+    assert not shrink(tmp_path, TRIAL)  # it had not even begun
+
+
+def test_a_sweep_that_goes_on_keeps_smaller_micro_batches(tmp_path):
+    base = load(["--train.global_batch_size", "24", "--train.micro_batch_size", "24"])
+    write_run(tmp_path, TRIAL, base)
+    assert shrink(tmp_path, TRIAL)
+    write_settings(tmp_path, TRIAL, base, 1, shared=False)  # the next command
+    assert micro_batch_of(tmp_path, TRIAL) == 12
 
 
 def test_a_child_goes_on_from_its_parents_checkpoint(tmp_path):

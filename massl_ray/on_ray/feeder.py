@@ -1,5 +1,5 @@
 """Ray Data at work for one worker, in a process of its own: looking after tasks and blocks would take the interpreter from the one
-that trains, twenty times a step. Imports no torch, which a worker's views of one step never need here."""
+that trains, twenty times a step. It imports no torch, so that it is there before the worker is."""
 
 from collections.abc import Generator
 from concurrent.futures import Future, ThreadPoolExecutor

@@ -15,7 +15,8 @@ from ray import tune
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler
 from ray.tune.search import Searcher
 
-from massl_ray.config import Config
+from massl_ray.config import Config, resolve
+from massl_ray.config.space import at
 from massl_ray.on_ray.child import ends_with_its_parent
 from massl_ray.sweeping.rounds import Rounds
 from massl_ray.sweeping.trials import (
@@ -23,6 +24,7 @@ from massl_ray.sweeping.trials import (
     Outcome,
     Trial,
     hand_over,
+    micro_batch_of,
     read_outcome,
     row_of,
     settings_of,
@@ -49,7 +51,8 @@ class _InRounds(Searcher):
             return Searcher.FINISHED if self.rounds.over else None
         self.begin(trial)
         self.trials[trial_id] = trial
-        return {"trial": asdict(trial)}
+        asked = resolve(at(self.rounds.base, trial.point), self.rounds.dataset_size).micro_batch_size
+        return {"trial": asdict(trial), "micro_batch_size": asked}
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         trial = self.trials[trial_id]
@@ -123,15 +126,15 @@ def _run_trial(config: dict[str, Any], *, root: Path, metric: str, images: int) 
         tune.report({"images_seen": measured, "score": sign * score})
         return measured
 
-    micro_batch_size, started = None, time.monotonic()
+    started = time.monotonic()
     while True:
         hand_over(root, trial)
         outcome = _train(root, trial, look)
-        smaller = shrink(root, trial) if outcome.status == "out of memory" else None
-        if smaller is None:
+        if outcome.status != "out of memory" or not shrink(root, trial):
             break
-        micro_batch_size = smaller
-    write_outcome(root, trial, replace(outcome, seconds=time.monotonic() - started, micro_batch_size=micro_batch_size))
+    micro = micro_batch_of(root, trial)
+    smaller = None if micro in ("auto", config["micro_batch_size"]) else micro
+    write_outcome(root, trial, replace(outcome, seconds=time.monotonic() - started, micro_batch_size=smaller))
     score = row_of(root, trial).metric(metric)
     tune.report({"images_seen": images, "score": -math.inf if math.isnan(score) else sign * score})
 

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import mean, stdev
+from typing import Literal
 
 from massl_ray.config import Config, load, to_toml
 from massl_ray.config.space import Point, at
@@ -102,30 +103,37 @@ def settings_of(root: Path, trial: Trial) -> Path:
 
 def write_settings(root: Path, trial: Trial, base: Config, workers: int, *, shared: bool) -> None:
     """Where other trials run at the same time, views are made by one task for each worker unless base says otherwise. A child has
-    its parent's settings but for its own point."""
+    its parent's settings but for its own point; a trial that was out of memory keeps the micro-batch that it has come to."""
     if trial.parent:
         base = load(["--config", str(root / "trials" / trial.parent / "config.toml")])
     own = {"run.seed": trial.seed, "run.dir": str(folder_of(root, trial)), "train.stop_at": trial.stop_at}
     own |= {"elastic.min_workers": 1, "elastic.max_workers": workers}
+    if settings_of(root, trial).exists():  # by an earlier command
+        own["train.micro_batch_size"] = micro_batch_of(root, trial)
     if shared and base.elastic.view_tasks == "auto":
         own["elastic.view_tasks"] = 1
     _write(settings_of(root, trial), at(base, trial.point | own))
 
 
-def shrink(root: Path, trial: Trial) -> int | None:
-    """After a trial was out of memory: half the micro-batch, in its settings, and nothing left of the run. Returns it, in images;
-    None where there is nothing to halve."""
+def micro_batch_of(root: Path, trial: Trial) -> int | Literal["auto"]:
+    """As its settings say, in images."""
+    return load(["--config", str(settings_of(root, trial))]).train.micro_batch_size
+
+
+def shrink(root: Path, trial: Trial) -> bool:
+    """After a trial was out of memory: half the micro-batch, in its settings, and nothing left of the run. Returns whether there
+    was anything to halve."""
     folder = folder_of(root, trial)
     if not (folder / "config.toml").exists():
-        return None
+        return False
     config = load(["--config", str(folder / "config.toml")])
     batch, micro = config.train.global_batch_size, config.train.micro_batch_size
     assert micro != "auto"  # a run's own settings are filled in
     smaller = max((size for size in range(1, micro // 2 + 1) if batch % size == 0), default=None)
-    if smaller is not None:
+    if smaller:
         _write(settings_of(root, trial), at(load(["--config", str(settings_of(root, trial))]), {"train.micro_batch_size": smaller}))
         shutil.rmtree(folder)
-    return smaller
+    return smaller is not None
 
 
 def hand_over(root: Path, trial: Trial) -> None:
