@@ -88,5 +88,8 @@ def _turn_hue(pixels: np.ndarray, turns: float) -> np.ndarray:
     if not shift:
         return pixels
     hsv = cv2.cvtColor(pixels, cv2.COLOR_RGB2HSV_FULL)
-    hsv[..., 0] += np.uint8(shift)  # wraps, as hues do
+    row = np.zeros(hsv.shape[1:], np.uint8)
+    row[:, 0] = shift
+    flat = hsv.reshape(len(hsv), -1)  # whole rows: adding to every third number takes four times as long
+    flat += row.ravel()  # wraps, as hues do
     return cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB_FULL)
