@@ -183,6 +183,7 @@ def test_names_are_printed_as_they_are(said, name):
 
 
 def test_names_that_the_terminal_cannot_show(said, console, monkeypatch):
+    assert said({"kind": "skipped", "images": ["/a\nb\x1b[2J.png: cut"]}) == ["Skipped   /a\\nb\\x1b[2J.png: cut"]
     assert said({"kind": "skipped", "images": ["/\udcff.png"]}) == ["Skipped   /\\udcff.png"]
     monkeypatch.setattr(RichConsole, "encoding", "ascii")
     assert said({"kind": "skipped", "images": ["/ß.png"]}) == ["Skipped   /\\xdf.png"]

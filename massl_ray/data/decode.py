@@ -45,6 +45,11 @@ def reason(error: BaseException) -> str:
     return f"{type(error).__name__}: {text.split(' <_io.')[0]}"
 
 
+def in_a_line(name: str) -> str:
+    """File names may be any bytes: line feeds, and what makes a terminal do things."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in name)
+
+
 @dataclass(frozen=True)
 class Decoding:
     """How images are decoded; the settings of the same names."""

@@ -13,7 +13,7 @@ import pyarrow as pa
 from PIL import Image
 
 from massl_ray.data.bands import NUMPY, TIFF
-from massl_ray.data.decode import PLAIN, UNREADABLE, Decoding, Encoded, reason
+from massl_ray.data.decode import PLAIN, UNREADABLE, Decoding, Encoded, in_a_line, reason
 from massl_ray.data.listing import Listing
 
 TINY = 32  # pixels: images with a shorter side below it have little to show
@@ -159,12 +159,7 @@ def _named(kind: str, count: int, what: str, names: list[str]) -> list[str]:
     if not count:
         return []
     more = [f"          ... {len(names) - SHOWN:,} more"] if len(names) > SHOWN else []
-    return [f"{kind:<10}{count:,} {what}", *(f"          {_in_a_line(name)}" for name in names[:SHOWN]), *more]
-
-
-def _in_a_line(name: str) -> str:
-    """File names may be any bytes: line feeds, and what makes a terminal do things."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in name)
+    return [f"{kind:<10}{count:,} {what}", *(f"          {in_a_line(name)}" for name in names[:SHOWN]), *more]
 
 
 def _counts(values: list[Any]) -> dict[Any, int]:

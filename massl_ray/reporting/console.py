@@ -8,6 +8,7 @@ from typing import Any
 from rich.console import Console as RichConsole
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from massl_ray.data.decode import in_a_line
 from massl_ray.reporting.skipped import SkippedImages
 from massl_ray.training.run import Run
 
@@ -100,7 +101,7 @@ class Console:
 
     def _on_skipped(self, event: dict[str, Any]) -> None:
         for image in self.skipped.add(event["images"])[:3]:
-            self.say(f"Skipped   {image}")
+            self.say(f"Skipped   {in_a_line(image)}")
 
     def _on_note(self, event: dict[str, Any]) -> None:
         self.say(f"Note      {event['text']}")
