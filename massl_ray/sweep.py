@@ -3,9 +3,10 @@
 import argparse
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from massl_ray.config import Config, load, read_flags, to_toml
 from massl_ray.config.space import Sweep, at, base_of, plan, read_sweep, words
@@ -19,7 +20,7 @@ SHOWN = 5  # of the points that cannot be run
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Returns the exit code: 0 done, 1 no trial finished, 2 a mistake in what was asked for, 130 ended by Ctrl-C."""
+    """Returns the exit code: 0 done, 1 no trial finished, 2 a mistake in what was asked for, 128 + n ended by signal n."""
     parser = argparse.ArgumentParser(
         prog="massl-ray sweep",
         usage="massl-ray sweep SPEC.toml --run.dir DIR [--section.key VALUE ...], or massl-ray sweep --resume DIR",
@@ -42,9 +43,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"massl-ray: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as interrupt:
         print("Stopped. The same command, or massl-ray sweep --resume DIR, goes on with it.", file=sys.stderr)
-        return 128 + signal.SIGINT
+        return 128 + (interrupt.args[0] if interrupt.args else signal.SIGINT)
 
 
 def _earlier(root: Path) -> tuple[str, Sweep, Config]:
@@ -122,7 +123,7 @@ def _run(rounds: "Rounds") -> None:
     from massl_ray.sweeping.trials import Trial, write_settings
 
     sweep, base = rounds.sweep, rounds.base
-    with cluster(), SweepTable(rounds.root, rounds.trials, sweep.sweep.metric):
+    with cluster(), _terminable(), SweepTable(rounds.root, rounds.trials, sweep.sweep.metric):
         fitting = room(base, sweep.sweep.workers)
         at_once = fitting if sweep.sweep.at_once == "auto" else min(fitting, sweep.sweep.at_once)
         if sweep.sweep.at_once != "auto" and sweep.sweep.at_once > fitting:
@@ -133,6 +134,25 @@ def _run(rounds: "Rounds") -> None:
 
         interim = Interim(lambda: write_results(rounds.root, sweep, base, rounds.trials))
         run_trials(rounds, begin, interim, at_once, resolve(base, rounds.dataset_size).total_images)
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """SIGTERM, which a job that is stopped gets, ends a sweep as Ctrl-C does. Ray's own handler would exit at once, with a trace."""
+
+    received: list[int] = []
+
+    def interrupt(number: int, frame: Any) -> None:
+        received.append(number)
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    except KeyboardInterrupt as error:
+        raise KeyboardInterrupt(*received[:1]) from error  # Tune raises one of its own
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 if __name__ == "__main__":

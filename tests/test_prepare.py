@@ -91,7 +91,7 @@ def test_ended_and_run_again(tmp_path):
     assert run(source, tmp_path / "whole", "--shard-mb", 1).returncode == 0
     command = [sys.executable, "-m", "massl_ray.prepare", str(source), str(tmp_path / "out"), "--shard-mb", "1"]
     first = subprocess.Popen(command, env=plain_environment(), start_new_session=True, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 300
     while not list((tmp_path / "out" / ".work").glob("shard-*.json")) and time.monotonic() < deadline:
         time.sleep(0.005)
     first.send_signal(signal.SIGINT)

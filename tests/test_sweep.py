@@ -106,13 +106,16 @@ def test_killed_and_continued(flags, tmp_path):
 
 @pytest.mark.ray
 @pytest.mark.slow
-def test_ctrl_c(flags, tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ended_by_a_signal(flags, tmp_path, number):
+    """By Ctrl-C, or as `ray job stop` does it: one sentence."""
     root = tmp_path / "sweep"
     process = start(*flags, "--run.dir", str(root))
     once_there(root / "trials" / "0-seed-0" / "checkpoints" / "step_2", process)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     _, err = process.communicate(timeout=60)
-    assert process.returncode == 130 and "--resume DIR, goes on with it" in err
+    assert process.returncode == 128 + number and "--resume DIR, goes on with it" in err
+    assert "SIGTERM received" not in err
     assert [row[3] for row in results(root)] == ["waiting"] * 3
 
 
