@@ -162,11 +162,12 @@ def _responses(metric: str, done: Sequence[Row]) -> list[str]:
             if len(levels) <= 12:
                 groups = [[y for x, y in zip(places, figures, strict=True) if x == level] for level in levels]
                 axes.errorbar(levels, [mean(g) for g in groups], [pstdev(g) for g in groups], color=BLUE, marker="o", capsize=3)
-            if numbers and min(levels) > 0 and max(levels) / min(levels) >= 8:
+            wide = numbers and min(levels) > 0 and max(levels) / min(levels) >= 8
+            if wide:
                 axes.set_xscale("log", base=2)
-                if len(levels) <= 12:
-                    axes.set_xticks(levels, [_value(level) for level in levels])
-                    axes.minorticks_off()
+            if (wide and len(levels) <= 12) or (len(levels) <= 6 and all(isinstance(level, int) for level in levels)):
+                axes.set_xticks(levels, [_value(level) for level in levels])
+                axes.minorticks_off()
             if not numbers:
                 axes.set_xticks(range(len(levels)), sorted({str(value) for value in values}))
 
@@ -255,7 +256,8 @@ def _curves(root: Path, metric: str, rows: Sequence[Row]) -> str:
             if not images:
                 continue
             stopped = row.status == "stopped early"
-            axes.plot(images, values, color=GRAY if stopped else BLUE, alpha=0.6, linewidth=1)
+            dots = "o" if len(images) == 1 else ""  # a line of one point cannot be seen
+            axes.plot(images, values, dots + "-", color=GRAY if stopped else BLUE, alpha=0.6, linewidth=1, markersize=4)
             if stopped:
                 axes.plot(images[-1], values[-1], "x", color=ORANGE)
 
