@@ -139,7 +139,6 @@ def _run(rounds: "Rounds") -> None:
 @contextmanager
 def _terminable() -> Iterator[None]:
     """SIGTERM, which a job that is stopped gets, ends a sweep as Ctrl-C does. Ray's own handler would exit at once with a trace."""
-
     received: list[int] = []
 
     def interrupt(number: int, frame: Any) -> None:

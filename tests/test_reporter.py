@@ -12,6 +12,7 @@ from massl_ray.config import DataSection, keys
 from massl_ray.data.order import samples_at, step_positions
 from massl_ray.evaluation.features import backbone_features, pixel_features
 from massl_ray.evaluation.neighbours import nearest_neighbours
+from massl_ray.method.resampling import resizer
 from massl_ray.method.views import make_views
 from massl_ray.reporting import reporter as module
 from massl_ray.reporting.pictures import add_pictures, view_grid
@@ -182,7 +183,7 @@ def test_facts_say_where_a_state_comes_from(told):
         "next_position": 32,
         "dataset_size": 48,
         "config": keys(told.run.config),
-        "versions": {"torch": str(torch.__version__), "python": platform.python_version()},
+        "versions": {"torch": str(torch.__version__), "python": platform.python_version(), "resizer": resizer()},
         "hardware": torch.backends.cpu.get_cpu_capability(),
     }
     assert told.memo.saved[0][1] == told.memo.kept[0][1] == expected

@@ -1,11 +1,12 @@
 """Crops resized: as Pillow's antialiased bicubic does, from whole images and from smaller copies."""
 
 import numpy as np
+import PIL
 import pytest
 from PIL import Image
 
 from massl_ray.method import resampling
-from massl_ray.method.resampling import Pyramid, resized, shrinkage
+from massl_ray.method.resampling import Pyramid, resized, resizer, shrinkage
 from tests.helpers import photograph
 
 
@@ -72,6 +73,16 @@ def test_any_number_of_channels(channels):
     found = Pyramid(image).cut((3, 4, 53, 44), 24)
     assert found.shape == (24, 24, channels)
     assert difference(found, resized(image, 24, (3, 4, 53, 44))) < 0.5
+    pyramid = Pyramid(image)
+    assert pyramid.cut((0, 0, 60, 50), 12).shape == (12, 12, channels)
+    assert pyramid.levels[1].pixels.shape == (25, 30, channels)
+
+
+def test_the_resizer_has_a_name(monkeypatch):
+    resizer.cache_clear()
+    monkeypatch.setattr(resampling, "fast", None)
+    assert resizer() == f"pillow {PIL.__version__}"
+    resizer.cache_clear()
 
 
 def test_the_same_bits_from_any_vector_instructions():

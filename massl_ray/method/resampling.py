@@ -4,6 +4,8 @@ Crops that shrink a lot are taken from a smaller copy of the image.
 """
 
 import math
+from functools import cache
+from importlib.metadata import version
 
 import cv2
 import numpy as np
@@ -73,9 +75,17 @@ def shrinkage(box: Box, side: int) -> int:
 
 
 def resized(pixels: np.ndarray, side: int, box: Box | None = None) -> np.ndarray:
-    """All or a box of (h, w, channels), resized to (side, side, channels) by Pillow's antialiased bicubic filter."""
+    """All or a box of (h, w, channels), resized to (side, side, channels) by Pillow's antialiased bicubic filter: for evaluation,
+    which is compared with that of others."""
     made = [np.asarray(Image.fromarray(plane).resize((side, side), Image.Resampling.BICUBIC, box=box)) for plane in _planes(pixels)]
     return made[0] if pixels.shape[2] == 3 else np.stack(made, axis=2)
+
+
+@cache
+def resizer() -> str:
+    """Name and version of what resizes here; the pixels of views depend on it."""
+    name = "cykooz-resizer" if fast else "pillow"
+    return f"{name} {version(name)}"
 
 
 def _planes(pixels: np.ndarray) -> list[np.ndarray]:
@@ -87,6 +97,5 @@ def _half(pixels: np.ndarray) -> np.ndarray:
     """Means of 2 x 2 pixels; an odd edge is repeated."""
     height, width = pixels.shape[:2]
     even = cv2.copyMakeBorder(pixels, 0, height % 2, 0, width % 2, cv2.BORDER_REPLICATE) if height % 2 or width % 2 else pixels
-    return cv2.resize(even, None, fx=0.5, fy=0.5, interpolation=cv2.INTER_AREA).reshape(
-        (height + 1) // 2, (width + 1) // 2, pixels.shape[2]
-    )
+    half = cv2.resize(even, None, fx=0.5, fy=0.5, interpolation=cv2.INTER_AREA)
+    return half.reshape(*half.shape[:2], -1)  # OpenCV drops the axis of a single channel

@@ -11,6 +11,7 @@ from massl_ray.config import keys
 from massl_ray.evaluation.features import Features, backbone_features, pixel_features
 from massl_ray.evaluation.knn import knn_accuracy
 from massl_ray.evaluation.neighbours import nearest_neighbours
+from massl_ray.method.resampling import resizer
 from massl_ray.method.step import State
 from massl_ray.reporting.pictures import add_pictures, view_grid
 from massl_ray.training.checkpoint import CheckpointWriter
@@ -99,7 +100,7 @@ class Reporter(Silent):
             "dataset_size": self.run.resolved.dataset_size,
             "config": keys(config),
             # As a plain string: whoever unpickles torch's own type imports torch.
-            "versions": {"torch": str(torch.__version__), "python": platform.python_version()},
+            "versions": {"torch": str(torch.__version__), "python": platform.python_version(), "resizer": resizer()},
             "hardware": torch.cuda.get_device_name() if state.memory.rows.is_cuda else torch.backends.cpu.get_cpu_capability(),
         }
         if self.top1 and self.top1[0] == state.step:
