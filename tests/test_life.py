@@ -115,3 +115,34 @@ def test_a_state_that_all_have_is_left_alone(run, workers, monkeypatch):
     monkeypatch.setattr(life, "from_tensors", lambda state, tensors: pytest.fail("it was loaded again"))
     assert take_up(run, CPU, workers, state, 5, None) is state
     assert state.replica is state.student  # wrapped anew for the workers of this life
+
+
+def test_a_backbone_that_differs_from_time_to_time_is_named(run, workers, monkeypatch):
+    """On a GPU with elastic.exact: the run ends at once with a sentence, and nobody starts it again."""
+
+    def rehearse(*_):
+        raise RuntimeError("avg_pool3d_backward_cuda does not have a deterministic implementation, but you set ...")
+
+    closed = []
+
+    def views(*_):
+        try:
+            yield
+        finally:
+            closed.append(True)
+
+    def begun(*arguments):
+        stream = views()
+        next(stream)
+        return stream
+
+    monkeypatch.setattr(life, "rehearse", rehearse)
+    monkeypatch.setattr(life, "stream_views", begun)
+    monkeypatch.setattr(life, "data_tasks", lambda *_: None)
+    line = Line()
+    outcome = life._train(run, line, None, CPU, workers, life.Remains(feeder=None), first_life=True)  # type: ignore[arg-type]
+    assert outcome.status == "failed" and closed
+    assert "(avg_pool3d_backward_cuda)" in outcome.message and "--elastic.exact false" in outcome.message
+    monkeypatch.setattr(life, "rehearse", lambda *_: (_ for _ in ()).throw(RuntimeError("CUDA out of memory")))
+    with pytest.raises(RuntimeError, match="out of memory"):
+        life._train(run, line, None, CPU, workers, life.Remains(feeder=None), first_life=True)  # type: ignore[arg-type]

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from massl_ray.method.determinism import compute_alike, names_no_deterministic_way
 from massl_ray.method.step import State
 from massl_ray.on_ray.ingest import stream_views
 from massl_ray.on_ray.layout import Layout, data_tasks
@@ -47,6 +48,8 @@ def live(run: Run, telemetry: Any, layout: Layout, life: int, failures: int, pla
     line = TelemetryClient(telemetry, life)
     device = _device(place.gpu)
     torch.set_num_threads(run.config.train.threads)
+    if run.config.elastic.exact:
+        compute_alike(device)
     try:
         workers = meet(run, device, place)
         outcome = _train(run, line, layout, device, workers, remains, first_life=life == 1)
@@ -83,7 +86,13 @@ def _train(
     tasks = data_tasks(layout, workers.world_size)
     views = stream_views(run, workers.rank, workers.world_size, step or 0, tasks, device, remains.feeder)
     state = take_up(run, device, workers, state, step, newer and newer[1])
-    step_s = rehearse(run, state, workers) if first_life else None
+    try:
+        step_s = rehearse(run, state, workers) if first_life else None
+    except RuntimeError as error:  # on every worker
+        if not names_no_deterministic_way(error):
+            raise
+        views.close()
+        return Outcome("failed", state.step, _never_alike(run, error))
     recorder: Silent = Silent(line)
     if workers.rank == 0:
         line.announce(_started(state, workers.world_size, device, step_s))
@@ -168,6 +177,13 @@ def _given_up(run: Run, failures: int) -> str:
     return (
         f"The workers failed {failures} times in a row without a new step between, more than elastic.max_failures "
         f"{run.config.elastic.max_failures} allows. What they said stands above; mend it and run the same command again."
+    )
+
+
+def _never_alike(run: Run, error: RuntimeError) -> str:
+    return (
+        f"model.backbone {run.config.model.backbone} computes something whose last bits differ from time to time on a GPU "
+        f"({str(error).split()[0]}), so elastic.exact cannot be kept: use --elastic.exact false, or another backbone."
     )
 
 

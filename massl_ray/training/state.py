@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from massl_ray.config import Config, Resolved
+from massl_ray.method.determinism import resize_alike
 from massl_ray.method.memory import Memory
 from massl_ray.method.network import build_encoder
 from massl_ray.method.optim import build_optimizer
@@ -25,6 +26,8 @@ def build_state(config: Config, resolved: Resolved, device: torch.device, collec
     for encoder in (student, teacher):
         encoder.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         choose_attention(encoder.backbone, device, config.train.precision)
+        if config.elastic.exact and device.type == "cuda":
+            resize_alike(encoder.backbone)
         if config.train.compile:
             encoder.backbone.compile(dynamic=False)  # a kernel a resolution
         elif device.type == "cpu":
