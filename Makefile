@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: demo test checks clean
+.PHONY: demo test checks rehearse clean
 .DEFAULT_GOAL := demo
 
 $(READY): pyproject.toml constraints.txt
@@ -16,6 +16,9 @@ demo: $(READY)  ## train on the demo images: a few minutes on two CPU cores
 
 test: $(READY)  ## every test
 	$(BIN)/python -m pytest
+
+rehearse: $(READY)  ## an elastic job on Ray's autoscaler, with machines that are processes of this computer: 6 minutes
+	$(BIN)/python -m massl_ray.benches.rehearse
 
 checks: $(READY)  ## the gates: style, types, imports
 	$(BIN)/ruff check .

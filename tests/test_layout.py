@@ -12,12 +12,14 @@ from massl_ray.on_ray.place import Seat
 def plan(monkeypatch):
     """Plan for machines of these (CPUs, GPUs), with 16 micro-batches."""
 
-    def plan(machines: list[tuple[float, float]], flags: str = "", num_micro_batches: int = 16) -> Layout:
-        nodes = [{"Alive": True, "Resources": {"CPU": float(cpus), "memory": 1e9}} for cpus, _ in machines]
+    def plan(machines: list[tuple[float, float]], flags: str = "", num_micro_batches: int = 16, promised: int = 0) -> Layout:
+        nodes = [{"Alive": True, "Labels": {}, "Resources": {"CPU": float(cpus), "memory": 1e9}} for cpus, _ in machines]
         for node, (cpus, gpus) in zip(nodes, machines, strict=True):
             node["Resources"] |= {"GPU": float(gpus)} if gpus else {}
             if not cpus:
                 del node["Resources"]["CPU"]
+        if promised:
+            nodes[0]["Labels"] = {"massl-ray/max-gpus": str(promised)}
         nodes.append({"Alive": False, "Resources": {"CPU": 64.0, "GPU": 8.0}})
         nodes.append({"Alive": False, "Resources": {}})
         monkeypatch.setattr(ray, "nodes", lambda: nodes)
@@ -60,6 +62,14 @@ def test_threads(plan, machines, threads, most, cpus):
 @pytest.mark.parametrize(("machines", "most"), [([(16, 1)], 1), ([(16, 4), (16, 2), (16, 0)], 6), ([(16, 8)] * 3, 16)])
 def test_with_gpus_one_a_gpu(plan, machines, most):
     assert plan(machines, "--train.threads 4") == Layout(1, most, True, {"CPU": 0.75, "GPU": 1.0})
+
+
+def test_gpus_that_the_autoscaler_may_bring(plan):
+    """An autoscaling cluster begins with a head that has neither."""
+    assert plan([(0, 0)], promised=8) == Layout(1, 8, True, {"CPU": 0.75, "GPU": 1.0})
+    assert plan([(0, 0)], "--elastic.max_workers 12", promised=8).max_workers == 8
+    assert plan([(0, 0), (16, 4)], promised=2) == Layout(1, 4, True, {"CPU": 0.75, "GPU": 1.0})
+    assert plan([(0, 0)], "--train.device cpu", promised=8) == Layout(1, 1, False, {"CPU": 0.75})
 
 
 def test_the_device_that_is_asked_for(plan):

@@ -542,3 +542,20 @@ def test_spares_wait_where_workers_may_come(monkeypatch, in_place):
     alone = in_place("ab", "a", max_workers=1)
     alone.look()
     assert alone.crew.spares == {}
+
+
+def test_a_start_that_waits_for_machines_says_so_once(monkeypatch):
+    made = World(monkeypatch, "", min_workers=2)
+    assert [made.look(), made.look(9)] == [[], []] and not made.events
+    made.names = "a"
+    made.look(1)
+    made.look(60)
+    (note,) = made.events
+    assert note["text"] == "Waiting for machines: there is room for 1 of at least 2 workers; each needs 0.75 CPU."
+
+
+def test_a_start_that_has_its_machines_says_nothing(monkeypatch):
+    made = World(monkeypatch, "ab", min_workers=2)
+    made.look()
+    made.look(60)
+    assert not made.events

@@ -10,6 +10,7 @@ from typing import Any
 
 import ray
 import ray.train
+from ray.data._internal.stats import get_or_create_stats_actor
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
 from massl_ray.on_ray.crew import Crew
@@ -48,6 +49,7 @@ def run_workers(run: Run, follow: Callable[[dict[str, Any]], None], *, stock: bo
         Stopped: ended by a signal.
     """
     telemetry = start_telemetry()
+    get_or_create_stats_actor()  # here: where the first worker made it, it would keep that machine from ever being idle
     layout = plan_layout(run.config, run.resolved.num_micro_batches)
 
     record = Patient(follow, note=lambda text: follow({"kind": "note", "text": text}))

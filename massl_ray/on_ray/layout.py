@@ -13,6 +13,9 @@ DATA_TASK_CPUS = 0.25
 """That a task of Ray Data reserves at least. Workers reserve three quarters of a CPU a thread, so on any machine that holds a
 worker there is room for a task, and nobody waits for ever."""
 
+MAX_GPUS = "massl-ray/max-gpus"
+"""Label of a head node: how many GPUs its autoscaler may bring. Ray itself does not tell, and at first there are none."""
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -26,16 +29,20 @@ class Layout:
 
 
 def plan_layout(config: Config, num_micro_batches: int) -> Layout:
-    """For the cluster at hand. elastic.max_workers 'auto': one a GPU; without GPUs one a machine, leaving at least half of the
-    CPUs to Ray Data. A worker needs a micro-batch, so there are never more of them."""
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    gpus = int(sum(resources.get("GPU", 0) for resources in nodes))
+    """For the cluster at hand. elastic.max_workers 'auto': one a GPU that there is or that the autoscaler may bring; without GPUs
+    one a machine, leaving at least half of the CPUs to Ray Data. A worker needs a micro-batch, so there are never more of them."""
+    alive = [node for node in ray.nodes() if node["Alive"]]
+    nodes = [node["Resources"] for node in alive]
+    promised = max((int(node["Labels"].get(MAX_GPUS, 0)) for node in alive), default=0)
+    gpus = max(promised, int(sum(resources.get("GPU", 0) for resources in nodes)))
     use_gpu = config.train.device == "cuda" or (config.train.device == "auto" and gpus > 0)
     threads = config.train.threads
     machines = sum(resources.get("CPU", 0) >= 1 for resources in nodes)
     cpus = sum(resources.get("CPU", 0) for resources in nodes)
     automatic = gpus if use_gpu else min(machines, int(cpus // (2 * threads)))
     most = max(1, automatic) if config.elastic.max_workers == "auto" else config.elastic.max_workers
+    if use_gpu and promised:  # asked for more than it may bring, Ray's autoscaler brings nothing
+        most = min(most, gpus)
     most = max(config.elastic.min_workers, min(most, num_micro_batches))
     smallest = min((resources["CPU"] for resources in nodes if resources.get("CPU", 0) >= 1), default=1.0)
     per_worker = {"CPU": 1 - DATA_TASK_CPUS, "GPU": 1.0} if use_gpu else {"CPU": (1 - DATA_TASK_CPUS) * min(threads, smallest)}

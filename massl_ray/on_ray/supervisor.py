@@ -17,6 +17,7 @@ from massl_ray.training.wish import Wish
 
 LOOK_S = 0.5  # between looks at the machines
 SETTLE_S = 1.5  # that a larger cluster has stayed the same before the run grows: machines come in bunches
+PATIENT_S = 10.0  # that the start waits for machines before it says so
 LEAVE_S = 30.0  # before the deadline of a notice, when there are other machines to go to
 
 
@@ -43,7 +44,8 @@ class Supervisor:
         self.left: set[str] = set()  # machines with a notice that we no longer use
         self.cause: tuple[str, float] | None = ("start", time.monotonic())  # of the transition under way
         self.before = 0  # world size before it
-        self.over = False
+        self.over = self.said_waiting = False
+        self.began = time.monotonic()
 
     def follow(self, event: dict[str, Any]) -> None:
         """What the workers say about themselves."""
@@ -95,9 +97,22 @@ class Supervisor:
             _tell_coordinator()
         staying = {node: resources for node, resources in nodes.items() if node not in leaving}
         self._spares(staying)
+        if not self.world_size and now - self.began > PATIENT_S:
+            self._say_waiting(staying)
         if not self.cause:
             self._notices(staying, leaving, now)
             self._growth(staying, now)
+
+    def _say_waiting(self, nodes: dict[str, dict[str, float]]) -> None:
+        """Once: a cluster that begins with no machines looks like one that hangs."""
+        room = fitting(self.layout, nodes.values())
+        if room < self.layout.min_workers and not self.said_waiting:
+            self.said_waiting = True
+            needs = " and ".join(f"{amount:g} {name}" for name, amount in self.layout.per_worker.items())
+            text = (
+                f"Waiting for machines: there is room for {room} of at least {self.layout.min_workers} workers; each needs {needs}."
+            )
+            self.announce({"kind": "note", "text": text})
 
     def _spares(self, nodes: dict[str, dict[str, float]]) -> None:
         """An engine for every worker that a machine may hold: at the start, if it is certain that all will be used; later beside
