@@ -7,7 +7,8 @@ from collections.abc import Sequence
 COMMANDS = {
     "train": "pretrain a backbone on a folder of images",
     "sweep": "train at many settings, and say which to choose",
-    "doctor": "look at every image before training does",
+    "plan": "say what a run takes and costs on a cluster, before there is one",
+    "doctor": "look at everything a run needs before it starts",
     "prepare": "write any source of images into shards that are read fast",
     "report": "write report.html anew from a run directory",
     "inspect": "say what a checkpoint holds, and whether it is whole",

@@ -1,22 +1,30 @@
-"""massl-ray doctor --data.source DIR: look at every image before training does."""
+"""massl-ray doctor: look at everything a run needs before it starts, and before money is spent."""
 
+import argparse
 import json
-import os
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
-from typing import TYPE_CHECKING
+from datetime import date
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from massl_ray.config import load
+from massl_ray.config import Config, load
 from massl_ray.errors import UserError
 
 if TYPE_CHECKING:
-    from massl_ray.data.examine import Report
+    from massl_ray.checkup.everything import Checkup
 
-HELP = """usage: massl-ray doctor --data.source SOURCE [--json] [--section.key VALUE ...]
+HELP = """usage: massl-ray doctor [--cluster FILE] [--measure] [--json] [--section.key VALUE ...]
 
-Decode every image of a source, and say what is broken, tiny, of one colour or there twice. Takes all settings of massl-ray train.
-Exit code 0: training would read it; 1: more than data.max_skipped cannot be read; 2: a mistake in what was asked for."""
+Look at what a run needs: this machine, run.dir, every image, the model, the settings; and with --cluster at the machines that a
+file of Ray's launcher or of KubeRay asks for. Takes all settings of massl-ray train. Starts nothing, and leaves nothing behind.
+
+  --cluster FILE  the cluster that the run is for; without one this machine
+  --measure       build the model here and take one micro-batch: seconds a step, memory
+  --json          for programs
+
+Exit code 0: training would run; 1: something would fail; 2: a mistake in what was asked for."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -25,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(HELP)
         return 0
     try:
-        return examine([argument for argument in arguments if argument != "--json"], "--json" in arguments)
+        return examine(*read_arguments(arguments))
     except UserError as error:
         print(f"massl-ray: {error}", file=sys.stderr)
         return 2
@@ -33,35 +41,50 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
 
 
-def examine(flags: Sequence[str], as_json: bool) -> int:
-    config = load(flags, "massl-ray doctor")
-    from massl_ray.data.decode import Decoding
-    from massl_ray.data.examine import describe, look_at_all, report, to_table
-    from massl_ray.data.sources import open_source  # late: a wrong flag is answered at once
-    from massl_ray.reporting.progress import counted
-
-    images = open_source(config.data.source, cache_gb=config.data.cache_gb)
-    rows = []
-    looks = look_at_all(images, os.cpu_count() or 1, Decoding.of(config.data))
-    for _ in counted((rows.append(row) or 1 for row in looks), len(images)):
-        pass
-    found = report(images, to_table(rows))
-    fault = why_training_stops(found, config.data.max_skipped)
-    if as_json:
-        print(json.dumps(asdict(found) | {"fails": fault is not None}, indent=2))
-    else:
-        print(describe(found))
-        if fault:
-            print(f"Training would stop: {fault}.")
-    return 1 if fault else 0
+def read_arguments(arguments: Sequence[str]) -> tuple[argparse.Namespace, Config]:
+    """The command's own flags, and the configuration. Raises UserError."""
+    own = argparse.ArgumentParser(prog="massl-ray doctor", add_help=False, allow_abbrev=False)
+    own.add_argument("--cluster", type=Path)
+    own.add_argument("--measure", action="store_true")
+    own.add_argument("--json", action="store_true")
+    own.error = _refuse  # type: ignore[method-assign]
+    given, rest = own.parse_known_args(arguments)
+    return given, load(rest, "massl-ray doctor")
 
 
-def why_training_stops(found: "Report", max_skipped: float) -> str | None:
-    if found.images < 2:
-        return "it needs at least 2 images"
-    if len(found.broken) > max_skipped * found.images:
-        return f"{len(found.broken):,} of {found.images:,} images cannot be read, and data.max_skipped is {max_skipped:g}"
-    return None
+def examine(given: argparse.Namespace, config: Config) -> int:
+    from massl_ray.checkup.everything import check_everything  # late: a wrong flag is answered at once
+    from massl_ray.planning.cluster_file import read_cluster
+    from massl_ray.planning.here import this_machine
+
+    cluster = read_cluster(given.cluster) if given.cluster else this_machine()
+    found = check_everything(config, cluster, date.today(), given.measure)
+    print(json.dumps(to_json(found), indent=2) if given.json else describe(found))
+    return 1 if found.fails else 0
+
+
+def to_json(found: "Checkup") -> dict[str, Any]:
+    return {
+        "findings": [asdict(finding) for finding in found.findings],
+        "images": asdict(found.images) if found.images else None,
+        "fails": found.fails,
+    }
+
+
+def describe(found: "Checkup") -> str:
+    """What the images are, then a line a finding, the worst last."""
+    from massl_ray.data.examine import describe as describe_images
+
+    width = max(len(finding.check) for finding in found.findings)
+    lines = [describe_images(found.images), ""] if found.images else []
+    for finding in found.findings:
+        remedy = f" {finding.remedy}" if finding.remedy else ""
+        lines.append(f"{finding.severity:<8} {finding.check:<{width}}  {finding.sentence}{remedy}")
+    return "\n".join(lines)
+
+
+def _refuse(message: str) -> Any:
+    raise UserError(f"The flags could not be read: {message}. See --help.")
 
 
 if __name__ == "__main__":

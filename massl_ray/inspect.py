@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from massl_ray.errors import UserError
+from massl_ray.shown import in_a_line, redacted
 from massl_ray.storage import Folder
 
 
@@ -22,10 +23,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         checkpoint = find_checkpoint(arguments.checkpoint)
         tensors, manifest = read_checkpoint(checkpoint)
     except Damaged as error:
-        print(f"massl-ray: The checkpoint is damaged: {error}.", file=sys.stderr)
+        print(in_a_line(f"massl-ray: The checkpoint is damaged: {error}."), file=sys.stderr)
         return 1
     except OSError as error:
-        print(f"massl-ray: {arguments.checkpoint} cannot be read: {error}.", file=sys.stderr)
+        print(in_a_line(redacted(f"massl-ray: {arguments.checkpoint} cannot be read: {error}.")), file=sys.stderr)
         return 2
     except UserError as error:
         print(f"massl-ray: {error}", file=sys.stderr)
@@ -53,13 +54,13 @@ def describe(name: str, tensors: Mapping[str, Any], manifest: Mapping[str, Any])
     sections = {key: value for key, value in manifest.items() if isinstance(value, Mapping)}
     lines = [name, *_aligned({key: f"{value:,}" if type(value) is int else value for key, value in single.items()})]
     for key, values in (sections | {"tensors": _sizes(tensors)}).items():
-        lines += ["", key, *_aligned(values)]
+        lines += ["", in_a_line(key), *_aligned(values)]
     return "\n".join([*lines, "", "The checkpoint is whole: its tensors have the state_sha256 of its manifest."])
 
 
 def _aligned(values: Mapping[str, object]) -> list[str]:
     width = max(map(len, values), default=0)
-    return [f"  {key:<{width}}  {value}" for key, value in values.items()]
+    return [in_a_line(f"  {key:<{width}}  {value}") for key, value in values.items()]
 
 
 def _sizes(tensors: Mapping[str, Any]) -> dict[str, str]:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from massl_ray.config import DataSection
 from massl_ray.errors import UserError
+from massl_ray.shown import redacted
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -72,7 +73,7 @@ def prepare(arguments: argparse.Namespace) -> int:
             f"{folder} cannot be written ({reason(error)}). Mend it, then run the same command again, or choose another folder."
         ) from None
     print(describe(found))
-    flags = f"--data.source {arguments.dest}"
+    flags = f"--data.source {redacted(arguments.dest)}"
     for key in ("channels", "white"):
         value = getattr(how, key)
         flags += f" --data.{key} {value}" if value != getattr(Decoding(), key) else ""

@@ -17,7 +17,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise UserError(f"{run_dir} is no run directory: it has no config.toml. Give the directory of --run.dir.")
         from massl_ray.reporting.html import write_report  # late: drawing takes a second to import
 
-        print(write_report(run_dir.absolute()))
+        try:
+            print(write_report(run_dir.absolute()))
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise UserError(f"{run_dir} holds files that are not those of a run ({type(error).__name__}: {error}).") from None
         return 0
     except UserError as error:
         print(f"massl-ray: {error}", file=sys.stderr)

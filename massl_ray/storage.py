@@ -13,6 +13,7 @@ from pyarrow import ArrowInvalid, NativeFile
 from pyarrow.fs import FileSelector, FileSystem, FileType, FSSpecHandler, LocalFileSystem, PyFileSystem, copy_files
 
 from massl_ray.errors import UserError
+from massl_ray.shown import redacted
 
 
 class Folder:
@@ -20,21 +21,21 @@ class Folder:
 
     A plain value that can be pickled: the file system is opened at first use. Options of a URI (`?endpoint_override=...`) go
     with every folder below it. Names may be paths of several parts. Every method but the constructor and `path` raises
-    OSError, FileNotFoundError among them, where the storage fails.
+    OSError, FileNotFoundError among them, where the storage fails. As text it has no secrets: those are in `uri`.
     """
 
     def __init__(self, where: "Place"):
-        text = str(where)
+        text = where.uri if isinstance(where, Folder) else str(where)
         if text.startswith("file:"):
             text = FileSystem.from_uri(text)[1]
         base, mark, options = text.partition("?")
         self.uri = base.rstrip("/") + mark + options if "://" in text else os.path.abspath(text)
 
     def __str__(self) -> str:
-        return self.uri
+        return redacted(self.uri)
 
     def __repr__(self) -> str:
-        return f"Folder({self.uri!r})"
+        return f"Folder({str(self)!r})"
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Folder) and self.uri == other.uri
@@ -172,23 +173,27 @@ class Folder:
             scheme, _, address = base.partition("://")
             root, _, path = address.partition("/")
             system, start = _connect(f"{scheme}://{root}{mark}{options}")
-            path = "/".join([start.rstrip("/"), *filter(None, [path, name])])
+            start, mark, options = start.partition("?")  # of a web server, which wants them with every file
+            path = "/".join([start.rstrip("/"), *filter(None, [path, name])]) + mark + options
             if parents and isinstance(system, PyFileSystem):  # object stores have no folders, but fsspec opens others too
                 system.create_dir(path.rpartition("/")[0], recursive=True)
             yield system, path
-        except OSError:
-            raise
+        except OSError as error:
+            if redacted(str(error)) == str(error):
+                raise
+            kind = FileNotFoundError if isinstance(error, FileNotFoundError) else OSError
+            raise kind(redacted(str(error))) from None
         except Exception as error:  # Arrow and the file systems of fsspec raise what they like
-            raise OSError(f"{type(error).__name__}: {error}") from error
+            raise OSError(redacted(f"{type(error).__name__}: {error}")) from error
 
 
 Place = Folder | Path | str
 
 
 def reason(error: BaseException) -> str:
-    """An exception as part of a sentence: in one line, without the file name that the sentence already has or a full stop."""
+    """An exception as part of a sentence: in one line, without secrets, a full stop, or the file name that the sentence has."""
     text = getattr(error, "strerror", None) or str(error) or type(error).__name__
-    return " ".join(text.split()).rstrip(".")
+    return redacted(" ".join(text.split())).rstrip(".")
 
 
 GCS_PATIENCE = "retry_limit_seconds=60"  # Arrow's own is a quarter of an hour, also where there are only no credentials

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from massl_ray.config import Config, load, read_flags, to_toml
+from massl_ray.config import Config, load, read_flags, secret_keys, to_toml
 from massl_ray.config.space import Sweep, at, base_of, plan, read_sweep, words
 from massl_ray.errors import UserError
 
@@ -52,7 +52,8 @@ def _earlier(root: Path) -> tuple[str, Sweep, Config]:
     if not (root / SPEC).is_file() or not (root / BASE).is_file():
         raise UserError(f"{root} holds no sweep: it has no {SPEC} and {BASE}. Give the --run.dir of a sweep.")
     flags = ["--config", str(root / BASE), "--run.dir", str(root.absolute())]  # where it is now
-    return (root / SPEC).read_text(), read_sweep(root / SPEC), load(flags)
+    sweep = read_sweep(root / SPEC)
+    return (root / SPEC).read_text(), sweep, load(flags)
 
 
 def _sweep(text: str, sweep: Sweep, base: Config) -> int:
@@ -64,6 +65,11 @@ def _sweep(text: str, sweep: Sweep, base: Config) -> int:
     from massl_ray.training.lock import hold
     from massl_ray.training.run import write_atomically
 
+    if secret := secret_keys(base):
+        raise UserError(
+            f"{secret[0]} has a password, a key or a token in it, and a sweep would hand it to its trials in files: let the "
+            "environment, a profile or the machine's role say who you are."
+        )
     root = Path(base.run.dir).absolute()
     base = at(base, {"run.dir": str(root)})
     check_search(sweep)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from massl_ray.config import load
 from massl_ray.errors import UserError
+from massl_ray.shown import in_a_line, redacted
 
 if TYPE_CHECKING:
     from massl_ray.training.run import Run
@@ -39,6 +40,7 @@ def train(argv: Sequence[str], started: float) -> int:
 
 def _train(run: "Run", started: float, lost: threading.Event) -> int:
     from massl_ray.on_ray.cluster import cluster
+    from massl_ray.on_ray.gauges import RunGauges
     from massl_ray.on_ray.launch import Stopped, run_workers
     from massl_ray.reporting.console import Console
     from massl_ray.reporting.html import write_report
@@ -48,12 +50,14 @@ def _train(run: "Run", started: float, lost: threading.Event) -> int:
     from massl_ray.training.mirror import Mirror
 
     console, recorder = Console(run, SkippedImages(run.dir)), RunRecorder(run)
-    mirror = None if run.folder.is_local else Mirror(run.dir, run.folder)
+    mirror, gauges = None if run.folder.is_local else Mirror(run.dir, run.folder), RunGauges(run)
     console.plan()
 
     def follow(event: dict[str, Any]) -> None:
+        gauges.refresh()  # also while the disk takes no more
         recorder.follow(event)
         console.follow(event)
+        gauges.follow(event)
         if mirror:
             mirror.push(at_most_every_s=30.0)
         if lost.is_set():
@@ -66,7 +70,7 @@ def _train(run: "Run", started: float, lost: threading.Event) -> int:
             console.close()
             console.finished(write_summary(run.dir, run.checkpoints, time.monotonic() - started), write_report(run.dir))
             return 0
-        print(f"massl-ray: {outcome.message}", file=sys.stderr)
+        print("\n".join(map(in_a_line, f"massl-ray: {redacted(outcome.message)}".split("\n"))), file=sys.stderr)
         return 1
     except Stopped as stopped:
         console.close()

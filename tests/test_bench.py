@@ -14,7 +14,7 @@ from torchvision.transforms import v2
 
 from massl_ray.bench import main
 from massl_ray.benches import readout, step, views
-from massl_ray.config import ViewsSection, load
+from massl_ray.config import ViewsSection, load, resolve
 from massl_ray.method.step import METRICS
 from tests.helpers import encoded, photograph
 from tests.images import TINY
@@ -54,7 +54,7 @@ def test_readout_flops_by_hand():
 def test_step_flops_of_a_head():
     """The student's backward costs twice its forward but for the first layer's input gradient; the teacher sees two views."""
     config = load([*TINY, "--train.micro_batch_size", "8"])
-    flops = step.step_flops(config)
+    flops = step.step_flops(config, resolve(config, step.IMAGES))
     assert 2.5 * flops["teacher"] < flops["student"]
     assert flops["readout"] == readout.readout_flops(4, 8, 64, 16)
 

@@ -247,6 +247,10 @@ HOSTILE = [
     "&lt;b&gt; &amp;",
     "new\nline",
     "猫 ß \u2028",
+    '"><img src=x onerror=alert(1)>',
+    "{{constructor.constructor('alert(1)')()}} ${x} <!-- -->",
+    "]]></style><svg/onload=alert(1)>",
+    "javascript:alert(1)",
 ]
 
 

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from massl_ray.data.demo import cache_folder
 from massl_ray.data.preparing import begin, do_part, finish
 from massl_ray.data.sources import open_source
 from massl_ray.errors import UserError
-from massl_ray.on_ray.launch import Stopped, run_workers
+from massl_ray.on_ray.launch import Stopped, name_on_dashboard, run_workers
 from massl_ray.reporting.recorder import RunRecorder
 from massl_ray.storage import Folder
 from massl_ray.training.checkpoint import list_checkpoints, read_checkpoint, read_manifest
@@ -206,3 +207,17 @@ def test_every_kind_of_source_trains_alike(ray_cluster, tmp_path):
     copy.unlink()  # Ray's workers keep it where this session's environment says
     by_folder = {states.pop("folder"), states.pop("pattern")}  # sorted by class, so another order
     assert len(by_folder) == 1 and len(set(states.values())) == 1 and by_folder != set(states.values()), states
+
+
+@pytest.mark.parametrize(
+    ("folder", "name"),
+    [
+        ("/runs/vit_small-2", "vit_small-2"),
+        ("/runs/my run/ü", "_"),
+        ("/runs/..x", "x"),
+        ("s3://KEY:SECRET@bucket/runs/a?token=T", "a"),
+    ],
+)
+def test_the_dashboard_calls_a_run_by_its_directory(folder, name):
+    run = SimpleNamespace(folder=Folder(folder))
+    assert name_on_dashboard(run) == name  # type: ignore[arg-type]

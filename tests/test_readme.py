@@ -40,6 +40,7 @@ def test_every_command_is_known_to_a_test():
         "train",
         "sweep",
         "doctor",
+        "plan",
         "prepare",
         "report",
         "inspect",

@@ -13,6 +13,7 @@ from torch.nn.functional import normalize
 from massl_ray.benches.measure import alternate, extra_peak, in_fresh_process, machine, matmul_rate, median_ratio
 from massl_ray.benches.plain import plain_readout
 from massl_ray.method.readout import readout_loss
+from massl_ray.planning.work import readout_flops
 
 VIEWS, DIM, SIZE, BLOCK = 12, 256, 131072, 16384
 TEMPERATURES = {"student_temp": 0.1, "teacher_temp": 0.04}
@@ -48,11 +49,6 @@ def run(device: torch.device, rounds: int = 7) -> dict[str, Any]:
         "matmul_share": flops / ours_s / rate,
         "loss_difference": difference,
     }
-
-
-def readout_flops(views: int, batch: int, size: int, dim: int) -> int:
-    """Two matrix products (logits, read-out) of (V + 2) B queries with K rows of width D, two operations a multiply-add."""
-    return 2 * 2 * (views + 2) * batch * size * dim
 
 
 def calls(

@@ -7,16 +7,15 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 from massl_ray.benches.measure import alternate, extra_peak, in_fresh_process, machine, matmul_rate, median_ratio
 from massl_ray.benches.plain import PlainState, plain_optimizer, plain_step
-from massl_ray.benches.readout import readout_flops
 from massl_ray.config import Config, load, resolve
 from massl_ray.method.memory import Memory, block_permutation
 from massl_ray.method.network import Encoder, build_encoder, drop_path_draws
 from massl_ray.method.schedules import Schedule
 from massl_ray.method.step import Batch, MicroBatch, prepare_views, train_step
+from massl_ray.planning.work import step_flops
 from massl_ray.training.collectives import Local
 from massl_ray.training.state import build_state, step_settings
 
@@ -50,7 +49,7 @@ def _case(device: torch.device, rounds: int, preset: str, precision: str, batch:
     seconds = alternate({"plain": plain, "ours": ours}, device, rounds)
     del plain, ours
     peaks = {side: _peak(device, preset, precision, batch, side) for side in ("plain", "ours")}
-    flops = step_flops(config)
+    flops = step_flops(config, resolve(config, IMAGES))
     rate = matmul_rate(device, torch.bfloat16 if precision == "bf16" else torch.float32)
     ours_s = statistics.median(seconds["ours"])
     return {
@@ -64,26 +63,6 @@ def _case(device: torch.device, rounds: int, preset: str, precision: str, batch:
         "matmul_flops_per_s": rate,
         "matmul_share": sum(flops.values()) / ours_s / rate,
         "images_per_s": batch / ours_s,
-    }
-
-
-def step_flops(config: Config) -> dict[str, int]:
-    """Operations of one step, two a multiply-add: matrix products, attention and convolutions of student (forward and
-    backward) and teacher (forward) as torch.utils.flop_counter counts them on meta tensors, and the memory's two reads."""
-    resolved = resolve(config, IMAGES)
-    batch, views = resolved.batch_size, config.views
-    with torch.device("meta"):
-        encoder = build_encoder(config)
-        sizes = [(2 * batch, views.global_size), (views.num_local * batch, views.local_size)]
-        groups = [torch.empty(number, 3, side, side) for number, side in sizes if number]
-        with FlopCounterMode(display=False) as student:
-            encoder.head(torch.cat([encoder.backbone(group) for group in groups])).sum().backward()
-        with FlopCounterMode(display=False) as teacher, torch.no_grad():
-            encoder.head(encoder.backbone(groups[0]))
-    return {
-        "student": student.get_total_flops(),
-        "teacher": teacher.get_total_flops(),
-        "readout": readout_flops(2 + views.num_local, batch, resolved.memory_size, config.head.dim),
     }
 
 

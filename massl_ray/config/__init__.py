@@ -4,7 +4,18 @@
 that depends on the size of the data set. Nothing else in the package computes a setting.
 """
 
-from massl_ray.config.loading import decided_as, keys, load, parse_toml, presets, read_flags, read_toml, to_toml, validate
+from massl_ray.config.loading import (
+    decided_as,
+    keys,
+    load,
+    parse_toml,
+    presets,
+    read_flags,
+    read_toml,
+    secret_keys,
+    to_toml,
+    validate,
+)
 from massl_ray.config.resolve import Resolved, fill, resolve
 from massl_ray.config.schema import IMAGENET_GRAY, Config, DataSection, HeadSection, ModelSection, MonitorSection, ViewsSection
 
@@ -26,6 +37,7 @@ __all__ = [
     "read_flags",
     "read_toml",
     "resolve",
+    "secret_keys",
     "to_toml",
     "validate",
 ]

@@ -14,6 +14,7 @@ from pydantic_settings.exceptions import SettingsError
 
 from massl_ray.config.schema import Config, Section, merge
 from massl_ray.errors import UserError
+from massl_ray.shown import redacted
 
 
 def load(argv: Sequence[str], prog: str = "massl-ray train") -> Config:
@@ -86,8 +87,8 @@ def parse_toml(text: str, name: str) -> dict[str, Any]:
 
 
 def to_toml(config: Config) -> str:
-    """Write a configuration as TOML that `load(['--config', FILE])` reads back to an equal one. None is
-    left out: it is the default."""
+    """Write a configuration as TOML that `load(['--config', FILE])` reads back to an equal one, but for the secrets of addresses.
+    None is left out: it is the default."""
     lines: list[str] = []
     for section, values in config.model_dump().items():
         lines.append(f"[{section}]")
@@ -107,8 +108,17 @@ def decided_as(earlier: Config, config: Config) -> Config:
 
 
 def keys(config: Config) -> dict[str, Any]:
-    """Every setting as {'section.key': value}."""
-    return {f"{section}.{key}": value for section, values in config.model_dump().items() for key, value in values.items()}
+    """Every setting as {'section.key': value}, without the secrets of addresses: a run goes on with new ones."""
+    return {key: redacted(value) if isinstance(value, str) else value for key, value in _settings(config)}
+
+
+def secret_keys(config: Config) -> list[str]:
+    """Settings that are addresses with secrets in them."""
+    return [key for key, value in _settings(config) if isinstance(value, str) and redacted(value) != value]
+
+
+def _settings(config: Config) -> Iterator[tuple[str, Any]]:
+    return ((f"{section}.{key}", value) for section, values in config.model_dump().items() for key, value in values.items())
 
 
 def _help(prog: str) -> argparse.ArgumentParser:
@@ -178,7 +188,7 @@ def _toml_value(value: Any) -> str:
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, str):
-        return '"' + "".join(_toml_character(c) for c in value) + '"'
+        return '"' + "".join(_toml_character(c) for c in redacted(value)) + '"'
     if isinstance(value, tuple | list):
         return "[" + ", ".join(_toml_value(item) for item in value) + "]"
     return repr(value)

@@ -18,6 +18,7 @@ from PIL import (
 
 from massl_ray.config import DataSection
 from massl_ray.data.bands import bands, is_bands, to_8_bits
+from massl_ray.shown import redacted
 
 FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF")
 """What is decoded. Pillow knows more formats, and runs other programs for some."""
@@ -42,12 +43,7 @@ UNREADABLE = (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBom
 def reason(error: BaseException) -> str:
     """Why an image could not be read, in words that are the same each time."""
     text = " ".join(str(error).split())
-    return f"{type(error).__name__}: {text.split(' <_io.')[0]}"
-
-
-def in_a_line(name: str) -> str:
-    """File names may be any bytes: line feeds, and what makes a terminal do things."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in name)
+    return redacted(f"{type(error).__name__}: {text.split(' <_io.')[0]}")
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,9 @@ import pyarrow as pa
 from PIL import Image
 
 from massl_ray.data.bands import NUMPY, TIFF
-from massl_ray.data.decode import PLAIN, UNREADABLE, Decoding, Encoded, in_a_line, reason
+from massl_ray.data.decode import PLAIN, UNREADABLE, Decoding, Encoded, reason
 from massl_ray.data.listing import Listing
+from massl_ray.shown import in_a_line
 
 TINY = 32  # pixels: images with a shorter side below it have little to show
 SHOWN = 5  # names of each kind, for people

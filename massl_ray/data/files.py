@@ -11,6 +11,7 @@ from fsspec.utils import glob_translate
 
 from massl_ray.data.listing import Listing, joined, labelled
 from massl_ray.errors import UserError
+from massl_ray.shown import redacted
 from massl_ray.storage import Folder
 
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".bmp", ".gif", ".npy"})
@@ -32,15 +33,19 @@ class Files:
         return len(self.names_held)
 
     def name(self, place: int) -> str:
-        return os.fsdecode(self.names_held[place].as_py())
+        """Of signed addresses all but the signature, which is another one tomorrow."""
+        return redacted(self._where(place))
 
     def path(self, place: int) -> str:
         return joined(str(self.folder), self.name(place))
 
     def read(self, place: int) -> bytes:
-        name = self.name(place)
+        name = self._where(place)
         elsewhere = "://" in name or os.path.isabs(name)
         return Folder(name).read_bytes() if elsewhere else self.folder.read_bytes(name)
+
+    def _where(self, place: int) -> str:
+        return os.fsdecode(self.names_held[place].as_py())
 
 
 def files(folder: Folder, names: Iterable[str | bytes]) -> Files:

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from massl_ray.data.order import Windows
+from massl_ray.shown import redacted
 from massl_ray.storage import Folder
 
 
@@ -134,8 +135,8 @@ def _numbers_first(label: Any) -> tuple[int, int, str]:
 
 
 def joined(root: str, name: str) -> str:
-    """A name below a folder; one that is a whole path or URI of its own as it is."""
-    return name if "://" in name else os.path.join(root.partition("?")[0] if "://" in root else root, name)
+    """A name below a folder, for people; one that is a whole path or URI of its own as it is, but for its secrets."""
+    return redacted(name) if "://" in name else os.path.join(root.partition("?")[0] if "://" in root else root, name)
 
 
 class Recent:

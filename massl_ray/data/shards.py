@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
@@ -66,6 +67,9 @@ class Manifest:
         if missing := {item.name for item in fields(Manifest) if item.default is MISSING} - set(values):
             raise ValueError(f"it has no {', '.join(sorted(missing))}")
         shards = tuple(Shard(**shard) for shard in values.pop("shards"))
+        for shard in shards:
+            if not re.fullmatch("[0-9a-f]{64}", shard.sha256):  # copies are called so
+                raise ValueError(f"{shard.sha256!r} is no sha256")
         tuples = {key: tuple(values.pop(key)) for key in ("classes", "mean", "std")}
         return Manifest(shards=shards, **tuples, **values)
 
@@ -95,7 +99,10 @@ class Shards(Parts):
             file = pa.memory_map(str(self.folder.path / shard.name))
         else:
             file = mapped(self.folder, shard.name, shard.sha256, self.cache_bytes)
-        return pa.ipc.open_file(file).get_batch(0).column("image")
+        column = pa.ipc.open_file(file).get_batch(0).column("image")
+        _check_type(column.type, "image")
+        column.validate(full=True)  # else a damaged file may point anywhere in memory
+        return column
 
 
 def open_shards(folder: Folder, cache_gb: float) -> Listing:
@@ -106,13 +113,21 @@ def open_shards(folder: Folder, cache_gb: float) -> Listing:
         if hashlib.sha256(index).hexdigest() != manifest.index_sha256:
             raise ValueError(f"{INDEX} does not have its hash")
         table = pa.ipc.open_file(pa.py_buffer(index)).read_all()
-    except (ValueError, TypeError) as error:
+        for name in ("label", "path"):
+            _check_type(table.schema.field(name).type, name)
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise UserError(f"data.source: {folder / MANIFEST} is damaged ({reason(error)}). Run massl-ray prepare again.") from None
     starts = np.cumsum([0, *(shard.count for shard in manifest.shards)], dtype=np.int64)
     names = table.column("path").combine_chunks()
     store = Shards(folder, starts, manifest.source, manifest.shards, names, int(cache_gb * GB))
     labels = table.column("label").to_numpy() if manifest.classes else None
     return Listing(store, labels, manifest.classes, mean=manifest.mean, std=manifest.std)
+
+
+def _check_type(kind: pa.DataType, name: str) -> None:
+    """Others make types of bytes that are read by unpickling them, which may do anything. Raises ValueError."""
+    if kind != SCHEMA.field(name).type:
+        raise ValueError(f"its column '{name}' is {kind}, not {SCHEMA.field(name).type}")
 
 
 def write_shard(folder: Folder, name: str, images: Sequence[bytes], labels: Sequence[int | None], names: Sequence[str]) -> Shard:

@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import accumulate
@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 
 from massl_ray.data.listing import Listing, Parts, Recent, joined, labelled
 from massl_ray.errors import UserError
-from massl_ray.storage import Folder
+from massl_ray.storage import Folder, reason
 
 IMAGE_COLUMNS = ("image", "img", "bytes", "image_bytes", "content", "jpg", "jpeg", "png", "webp")
 LABEL_COLUMNS = ("label", "labels", "class", "cls", "category", "target")
@@ -71,7 +71,9 @@ class SavedRows(Rows):
     """Arrow files on this disk, mapped into memory: any row in microseconds."""
 
     def _load(self, chunk: Chunk) -> pa.ChunkedArray:
-        return _mapped(self.folder, chunk.file).column(self.column)
+        column = _mapped(self.folder, chunk.file).column(self.column)
+        column.validate(full=True)  # else a damaged file may point anywhere in memory
+        return column
 
 
 def open_parquet(folder: Folder, names: Sequence[str]) -> Listing:
@@ -94,8 +96,7 @@ def open_parquet(folder: Folder, names: Sequence[str]) -> Listing:
     schema = footers[0][0]
     column = image_column(schema, f"{names[0]} in {folder}")
     for name, (other, _) in zip(names, footers, strict=True):
-        if column not in other.names:
-            raise UserError(f"data.source: {name} in {folder} has no column '{column}', as {names[0]} has. Give alike files only.")
+        _check_column(other, column, name, names[0], folder)
     store = Rows(folder, *_chunks(names, [sizes for _, sizes in footers]), column)
     label = label_column(schema)
 
@@ -103,7 +104,7 @@ def open_parquet(folder: Folder, names: Sequence[str]) -> Listing:
         with folder.open_file(name) as file:
             return pq.ParquetFile(file).read(columns=[label]).column(0).to_pylist()
 
-    if label is None or any(label not in other.names for other, _ in footers):
+    if label is None or not all(_holds_labels(other, label) for other, _ in footers):
         return Listing(store)
     with ThreadPoolExecutor(8) as pool:
         return _named(store, [value for part in pool.map(labels, names) for value in part], schema, label)
@@ -116,19 +117,30 @@ def open_saved(folder: Folder, part: str) -> Listing:
             f"data.source: {folder} is a data set saved by Hugging Face, and those are read from a disk. Copy it to one."
         )
     if folder.kind(SPLITS):
-        splits = json.loads(folder.read_text(SPLITS))["splits"]
+        splits = _said(folder, SPLITS, lambda said: list(map(str, said["splits"])))
         if part not in splits:
             raise UserError(f"data.source: {folder} has no split '{part}'. Give the folder of one: {', '.join(splits)}.")
         folder = folder / part
-    names = [entry["filename"] for entry in json.loads(folder.read_text(INFO))["_data_files"]]
+    names = _said(folder, INFO, lambda said: [str(entry["filename"]) for entry in said["_data_files"]])
     tables = [_mapped(folder, name) for name in names]
     schema = tables[0].schema
     column = image_column(schema, str(folder))
+    for name, table in zip(names, tables, strict=True):
+        _check_column(table.schema, column, name, names[0], folder)
     store = SavedRows(folder, *_chunks(names, [[len(table)] for table in tables]), column, Recent(1 << 62))
     label = label_column(schema)
-    if label is None:
+    if label is None or not all(_holds_labels(table.schema, label) for table in tables):
         return Listing(store)
     return _named(store, [value for table in tables for value in table.column(label).to_pylist()], schema, label)
+
+
+def _said(folder: Folder, name: str, read: Callable[[Any], list[str]]) -> list[str]:
+    try:
+        return read(json.loads(folder.read_text(name)))
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise UserError(
+            f"data.source: {folder / name} is damaged ({type(error).__name__}: {reason(error)}). Save it anew."
+        ) from None
 
 
 def image_column(schema: pa.Schema, where: str) -> str:
@@ -146,19 +158,38 @@ def image_column(schema: pa.Schema, where: str) -> str:
 def label_column(schema: pa.Schema) -> str | None:
     """The column of classes, by its name."""
     for name in LABEL_COLUMNS:
-        if name in schema.names:
-            kind = schema.field(name).type
-            kind = kind.value_type if pa.types.is_dictionary(kind) else kind
-            if pa.types.is_integer(kind) or pa.types.is_string(kind) or pa.types.is_large_string(kind):
-                return name
+        if _holds_labels(schema, name):
+            return name
     return None
 
 
+def _check_column(schema: pa.Schema, column: str, name: str, first: str, folder: Folder) -> None:
+    if column not in schema.names or not _holds_images(schema.field(column).type):
+        raise UserError(f"data.source: {name} in {folder} has no column '{column}', as {first} has. Give alike files only.")
+
+
 def _holds_images(kind: pa.DataType) -> bool:
+    """Not what others have made of bytes: Ray Data reads a type of its own by unpickling it, which may do anything."""
     if pa.types.is_struct(kind):
-        names = {kind.field(index).name for index in range(kind.num_fields)}
-        return {"bytes", "path"} <= names
-    return pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_binary_view(kind)
+        parts = {kind.field(index).name: kind.field(index).type for index in range(kind.num_fields)}
+        return {"bytes", "path"} <= set(parts) and _is_bytes(parts["bytes"]) and _is_text(parts["path"])
+    return not pa.types.is_null(kind) and _is_bytes(kind)
+
+
+def _holds_labels(schema: pa.Schema, name: str) -> bool:
+    if name not in schema.names:
+        return False
+    kind = schema.field(name).type
+    kind = kind.value_type if pa.types.is_dictionary(kind) else kind
+    return pa.types.is_integer(kind) or pa.types.is_string(kind) or pa.types.is_large_string(kind)
+
+
+def _is_bytes(kind: pa.DataType) -> bool:
+    return any(is_one(kind) for is_one in (pa.types.is_binary, pa.types.is_large_binary, pa.types.is_binary_view, pa.types.is_null))
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    return any(is_one(kind) for is_one in (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view, pa.types.is_null))
 
 
 def _named(store: Rows, labels: list[Any], schema: pa.Schema, column: str) -> Listing:

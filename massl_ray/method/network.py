@@ -3,6 +3,7 @@
 import difflib
 from collections.abc import Sequence
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import timm
@@ -157,6 +158,11 @@ def load_weights(model: nn.Module, path: Path) -> None:
 
     try:
         weights = load_file(path) if path.suffix == ".safetensors" else torch.load(path, map_location="cpu", weights_only=True)
+    except UnpicklingError:
+        raise UserError(
+            f"model.init: the weights file {path} cannot be read: it is damaged, or holds other things than tensors, which could "
+            "run code. Save its state dict alone."
+        ) from None
     except Exception as error:
         raise UserError(f"model.init: the weights file {path} cannot be read ({type(error).__name__}: {error}).") from None
     try:

@@ -13,9 +13,10 @@ from massl_ray.on_ray.knobs import HEAD, set_knobs
 @contextmanager
 def cluster() -> Iterator[None]:
     """The cluster that RAY_ADDRESS names (a Ray job sets it), or one of our own on this machine for as long as this lasts."""
-    set_knobs()
+    address = os.environ.get("RAY_ADDRESS")
+    set_knobs(watched=bool(address))
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
-    if os.environ.get("RAY_ADDRESS"):
+    if address:
         ray.init(**quiet)
     else:
         # A private cluster on loopback needs no token, and writing one would lock `ray job` out of a later `ray start`.

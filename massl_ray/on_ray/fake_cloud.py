@@ -112,7 +112,7 @@ class FakeCloud:
         self.head.wait()
         self.scratch.cleanup()
 
-    def _of_head(self) -> Mapping[str, str]:
+    def _of_head(self) -> dict[str, str]:
         knobs = {f"RAY_{name}": str(value) for name, value in (HEAD | {"worker_niceness": 0}).items()}
         return knobs | {
             "RAY_FAKE_CLUSTER": "1",

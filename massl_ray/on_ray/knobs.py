@@ -18,8 +18,18 @@ FAST = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.25",  # between looks at the workers (2)
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "2",  # for a placement on machines that are no longer there (60)
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # it waits until the deadline; on_ray.supervisor saves and leaves
-    "RAY_TRAIN_ENABLE_STATE_ACTOR_RECONCILIATION": "0",  # polls for a dashboard page
 }
+
+WATCHED = {
+    "RAY_TRAIN_ENABLE_STATE_TRACKING": "1",  # the dashboard's page of runs
+}
+"""On a cluster that others look at."""
+
+ALONE = {
+    "RAY_TRAIN_ENABLE_STATE_TRACKING": "0",
+    "RAY_TRAIN_ENABLE_STATE_ACTOR_RECONCILIATION": "0",  # polls for that page
+}
+"""On one of our own, which has no dashboard."""
 
 HEAD = {
     "health_check_initial_delay_ms": 1000,
@@ -35,7 +45,7 @@ without closing its connections is given up after about 3 s. Processes that wait
 RESIZE_TIMER_S = 1e9  # Ray Train would kill workers in the middle of a step to resize; ours leave between two
 
 
-def set_knobs() -> None:
+def set_knobs(*, watched: bool = False) -> None:
     """Call before ray.init."""
-    for name, value in (QUIET | FAST).items():
+    for name, value in (QUIET | FAST | (WATCHED if watched else ALONE)).items():
         os.environ.setdefault(name, value)

@@ -1,6 +1,7 @@
 """Run the workers of a cluster, follow them."""
 
 import dataclasses
+import re
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -20,6 +21,7 @@ from massl_ray.on_ray.seat import hold_seat, train_here
 from massl_ray.on_ray.supervisor import Supervisor
 from massl_ray.on_ray.telemetry import start_telemetry, unpack
 from massl_ray.reporting.patience import Patient
+from massl_ray.storage import Folder
 from massl_ray.training.checkpoint import CheckpointWriter, NotSaved, list_checkpoints
 from massl_ray.training.loop import Outcome
 from massl_ray.training.run import Run
@@ -116,8 +118,15 @@ def _trainer(
             elastic_resize_monitor_interval_s=60.0 if stock else RESIZE_TIMER_S,
         ),
         # Checkpoints are ours, not Ray's, and so is the count of failures: Ray would count resizes, too.
-        run_config=ray.train.RunConfig(name="train", storage_path=scratch, failure_config=ray.train.FailureConfig(max_failures=-1)),
+        run_config=ray.train.RunConfig(
+            name=name_on_dashboard(run), storage_path=scratch, failure_config=ray.train.FailureConfig(max_failures=-1)
+        ),
     )
+
+
+def name_on_dashboard(run: Run) -> str:
+    """The run directory's, in letters that Ray makes a folder of."""
+    return re.sub(r"[^A-Za-z0-9._-]", "_", Folder(str(run.folder)).name).lstrip(".") or "train"
 
 
 def _save_kept(run: Run, telemetry: Any, note: Callable[[str], None]) -> None:

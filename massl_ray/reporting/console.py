@@ -8,8 +8,8 @@ from typing import Any
 from rich.console import Console as RichConsole
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from massl_ray.data.decode import in_a_line
 from massl_ray.reporting.skipped import SkippedImages
+from massl_ray.shown import in_a_line, redacted
 from massl_ray.training.run import Run
 
 PLAIN_S = 10.0  # between progress lines where there is no terminal
@@ -28,7 +28,8 @@ class Console:
         self.last_line = 0.0
 
     def say(self, text: str) -> None:
-        printable = text.encode(self.rich.encoding, "backslashreplace").decode(self.rich.encoding)  # file names may be any bytes
+        text = "\n".join(map(in_a_line, redacted(text).split("\n")))  # names of files and folders may be anything
+        printable = text.encode(self.rich.encoding, "backslashreplace").decode(self.rich.encoding)
         self.rich.print(printable, markup=False)
         sys.stdout.flush()
 

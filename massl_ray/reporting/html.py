@@ -5,17 +5,20 @@ import html
 import io
 import json
 import math
+import re
 import tomllib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from massl_ray.reporting.summary import read_knn, read_metrics
 from massl_ray.training.run import write_atomically
 
+TURNING = re.compile("[\u200e\u200f\u202a-\u202e\u2066-\u2069\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")  # the latter are none of HTML's
 BLUE, ORANGE, GRAY = "#2457a6", "#c8641b", "#8a8f98"
 
 STYLE = """
@@ -130,17 +133,18 @@ def _charts(config: dict[str, Any], lines: list[dict[str, Any]], knn: list[dict[
 
 def chart(title: str, unit: str, draw: Callable[[Axes], None], xlabel: str = "step") -> str:
     """The URL of a picture."""
-    figure = Figure(figsize=(5.6, 3.2), layout="constrained")
-    axes = figure.add_subplot()
-    axes.grid(axis="y", color="#e4e6ea")
-    axes.set_axisbelow(True)
-    draw(axes)
-    axes.set_title(title, loc="left", fontsize=11)
-    axes.set_xlabel(xlabel)
-    axes.set_ylabel(unit)
-    axes.spines[["top", "right"]].set_visible(False)
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="svg")
+    with rc_context({"text.parse_math": False}):  # names may have dollars
+        figure = Figure(figsize=(5.6, 3.2), layout="constrained")
+        axes = figure.add_subplot()
+        axes.grid(axis="y", color="#e4e6ea")
+        axes.set_axisbelow(True)
+        draw(axes)
+        axes.set_title(title, loc="left", fontsize=11)
+        axes.set_xlabel(xlabel)
+        axes.set_ylabel(unit)
+        axes.spines[["top", "right"]].set_visible(False)
+        figure.savefig(buffer, format="svg")
     return _data_url("image/svg+xml", buffer.getvalue())
 
 
@@ -193,8 +197,9 @@ def _settings(config: dict[str, Any]) -> str:
 
 
 def text(value: object) -> str:
-    """As HTML shows it."""
-    return html.escape(str(value), quote=True).encode(errors="replace").decode()  # file names may be any bytes
+    """As HTML shows it. File names may be any bytes; those that turn the direction of what follows are spelled out."""
+    plain = TURNING.sub(lambda found: f"\\u{ord(found[0]):04x}", str(value))
+    return html.escape(plain, quote=True).encode(errors="replace").decode()
 
 
 def _data_url(kind: str, data: bytes) -> str:

@@ -13,6 +13,7 @@ from matplotlib.axes import Axes
 from massl_ray.config.space import Sweep, words
 from massl_ray.reporting.html import BLUE, GRAY, ORANGE, chart, page, text
 from massl_ray.reporting.summary import read_knn, read_metrics
+from massl_ray.shown import in_a_line
 from massl_ray.sweeping.trials import HIGHER, Row, Score, folder_of, shown
 from massl_ray.training.run import write_atomically
 
@@ -109,7 +110,7 @@ def _points(metric: str, found: Sequence[Score]) -> str:
 
 
 def _value(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+    return f"{value:.4g}" if isinstance(value, float) else in_a_line(str(value))
 
 
 def _img(title: str, url: str) -> str:
@@ -169,7 +170,7 @@ def _responses(metric: str, done: Sequence[Row]) -> list[str]:
                 axes.set_xticks(levels, [_value(level) for level in levels])
                 axes.minorticks_off()
             if not numbers:
-                axes.set_xticks(range(len(levels)), sorted({str(value) for value in values}))
+                axes.set_xticks(range(len(levels)), [in_a_line(value) for value in sorted({str(value) for value in values})])
 
         title = f"{NAMES[metric]} by {key}"
         pictures.append(_img(title, chart(title, UNITS[metric], draw, key)))

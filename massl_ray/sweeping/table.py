@@ -7,8 +7,10 @@ from pathlib import Path
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
+from rich.text import Text
 
 from massl_ray.config.space import words
+from massl_ray.shown import in_a_line
 from massl_ray.sweeping.trials import Row, Trial, read_outcome, row_of, shown
 
 LOOK_S = 1.0  # between looks at the trials' files
@@ -51,7 +53,8 @@ class SweepTable:
                 self.told.add(row.trial.name)
                 cause = f" ({row.cause})" if row.cause else ""
                 value = shown(self.metric, row.metric(self.metric))
-                self.console.print(f"{row.trial.name}  {_state(row)}, {value}: {words(row.trial.point)}{cause}")
+                told = f"{row.trial.name}  {_state(row)}, {value}: {words(row.trial.point)}{cause}"
+                self.console.print(in_a_line(told), markup=False, soft_wrap=True)
 
     def _table(self, rows: Sequence[Row]) -> Table:
         table = Table(box=None, pad_edge=False)
@@ -59,7 +62,8 @@ class SweepTable:
             table.add_column(name, justify="right" if name == "images" else "left")
         for row in rows:
             figure = shown(self.metric, row.metric(self.metric))
-            table.add_row(row.trial.name, words(row.trial.point), _state(row), f"{row.images_seen:,}", figure)
+            cells = (row.trial.name, words(row.trial.point), _state(row), f"{row.images_seen:,}", figure)
+            table.add_row(*(Text(in_a_line(cell)) for cell in cells))
         return table
 
 

@@ -138,7 +138,7 @@ class CheckpointWriter:
 
     def _rescue(self, tensors: Mapping[str, Tensor], facts: Mapping[str, Any], error: str) -> str:
         """Write the state under the temporary folder, in a place that is the same for every attempt of one run."""
-        run = hashlib.sha256(self.folder.uri.encode()).hexdigest()[:12]
+        run = hashlib.sha256(str(self.folder).encode()).hexdigest()[:12]
         folder = Path(tempfile.gettempdir()) / "massl-ray-rescue" / run / "checkpoints"
         failed = f"Checkpoint of step {int(tensors['step'])} could not be written to {self.folder}: {error}."
         try:
@@ -193,7 +193,7 @@ def read_manifest(checkpoint: Place) -> dict[str, Any]:
     checkpoint = Folder(checkpoint)
     try:
         manifest = json.loads(checkpoint.read_text(MANIFEST))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         _reraise_outage(checkpoint, error)
         raise Damaged(f"{checkpoint / MANIFEST} cannot be read: {error}") from None
     if not isinstance(manifest, dict):

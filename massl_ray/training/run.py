@@ -62,7 +62,7 @@ class Run:
         """The run directory, or where this machine keeps the small files of one at a URI (`training.mirror`)."""
         if self.folder.is_local:
             return self.folder.path
-        return cache_folder() / "runs" / hashlib.sha256(self.folder.uri.encode()).hexdigest()[:12]
+        return cache_folder() / "runs" / hashlib.sha256(str(self.folder).encode()).hexdigest()[:12]
 
     @property
     def checkpoints(self) -> Folder:
@@ -182,6 +182,8 @@ def _check_same(run: Run, earlier: Config) -> None:
         before = json.loads(run.folder.read_text(IMAGES))
     except FileNotFoundError:  # the earlier start ended before it wrote them
         return
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{run.folder / IMAGES} is damaged ({reason(error)}). Choose another --run.dir.") from None
     now = run.images.identity()
     if before != now:
         names = "the same number, but other names" if before["count"] == now["count"] else f"{now['count']:,} of them now"
