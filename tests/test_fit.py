@@ -56,6 +56,17 @@ def test_measured(settings, monkeypatch):
     )
 
 
+def test_a_backbone_that_cannot_be_exact_is_an_error(settings, monkeypatch):
+    def refused(run, state, workers):
+        raise RuntimeError("avg_pool3d_backward_cuda does not have a deterministic implementation, but you set ...")
+
+    monkeypatch.setattr(fit, "rehearse", refused)
+    run, _ = check_start(settings)
+    measured, finding = measure(run)
+    assert measured is None and finding.severity == "error" and "(avg_pool3d_backward_cuda)" in finding.sentence
+    assert "--elastic.exact false" in finding.remedy
+
+
 def test_really_measured(settings):
     run, _ = check_start(settings)
     measured, _ = measure(run)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from massl_ray.config import Config
 from massl_ray.errors import UserError
-from massl_ray.method.determinism import compute_alike
+from massl_ray.method.determinism import compute_alike, names_no_deterministic_way
 from massl_ray.planning.checks import Finding
 from massl_ray.planning.cluster_file import Cluster
 from massl_ray.planning.here import this_machine
@@ -57,6 +57,11 @@ def measure(run: Run) -> tuple[Measured | None, Finding]:
         size = run.resolved.micro_batch_size
         text = f"A micro-batch of {size} images does not fit: {' '.join(str(error).split())[:200]}"
         return None, Finding("measured", "error", text, "Lower train.micro_batch_size.")
+    except RuntimeError as error:
+        if not names_no_deterministic_way(error):
+            raise
+        text = f"On a GPU {run.config.model.backbone} has an operation that differs from time to time ({str(error).split()[0]})."
+        return None, Finding("measured", "error", text, "Use --elastic.exact false, or another model.backbone.")
     finally:
         torch.set_num_threads(threads)
     name, peak = CPU, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
