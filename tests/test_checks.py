@@ -77,6 +77,8 @@ def test_a_cluster_that_is_well():
         ({"pools": (replace(GPU, gpu="L5"),)}, "", "warning", "Pool gpu has GPUs 'L5', which massl-ray does not know"),
         ({"pools": (replace(GPU, gpu=None),)}, "", "warning", "Pool gpu does not say which GPU it has"),
         ({}, "--elastic.min_workers 9 --elastic.max_workers 9", "error", "min_workers is 9, but it holds at most 8"),
+        ({}, "--elastic.max_workers 9", "note", "it holds at most 8: no more are asked for"),
+        ({}, "--elastic.max_workers 9 --train.device cpu", "error", "Ray's autoscaler brings nothing"),
         ({"pools": (replace(GPU, gpus=0, gpu=None),), "max_gpus": 0}, "--train.device cuda", "error", "it has no GPUs"),
         ({"head": replace(HEAD, usd_on_demand=None)}, "", "note", "it has no prices for head"),
         ({"head": replace(HEAD, prices_of=date(2025, 11, 29))}, "", "note", "are of 2025-11-29, more than half a year ago"),

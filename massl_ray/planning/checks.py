@@ -200,6 +200,19 @@ def _workers(cluster: Cluster, config: Config) -> Iterator[Finding]:
             "ever.",
             "Lower elastic.min_workers, or raise the machines that the file allows.",
         )
+    elif cluster.kind != "machine" and config.elastic.max_workers != "auto" and config.elastic.max_workers > most:
+        cut = "CPU" not in (device, config.train.device.upper()) and cluster.max_gpus is not None  # massl_ray.on_ray.layout does so
+        yield Finding(
+            "cluster",
+            "note" if cut else "error",
+            f"elastic.max_workers is {config.elastic.max_workers}, but {cluster.name} holds at most {most}"
+            + (
+                ": no more are asked for."
+                if cut
+                else ": Ray's autoscaler brings nothing where it cannot bring all that is asked for."
+            ),
+            f"Set elastic.max_workers to {most}, or raise the machines that the file allows.",
+        )
 
 
 def _prices(cluster: Cluster, today: date) -> Iterator[Finding]:
