@@ -1,10 +1,13 @@
 """Fixtures for all tests. Ray is real: one private cluster for the session, started when the first test asks for it."""
 
 import os
+import signal
 
 import pytest
 import torch
 
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as of jobs in the background; what tests start would inherit it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 torch.set_num_threads(1)  # two threads on busy cores wait for each other
 
 os.environ.setdefault("RAY_AUTH_MODE", "disabled")
