@@ -12,6 +12,11 @@ COMMANDS = {
     "prepare": "write any source of images into shards that are read fast",
     "report": "write report.html anew from a run directory",
     "inspect": "say what a checkpoint holds, and whether it is whole",
+    "evaluate": "measure what features are worth, beside others",
+    "embed": "write the embeddings of any number of images",
+    "export": "write a checkpoint's backbone for other programs",
+    "visualize": "draw what features see: attention, patches, neighbours, a map",
+    "compare": "put runs side by side",
     "bench": "measure ours beside a reference on this machine",
 }
 

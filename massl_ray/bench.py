@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-NAMES = ("readout", "views", "step", "resize", "exact", "cost", "ingest")
+NAMES = ("readout", "views", "step", "resize", "exact", "cost", "ingest", "embed")
 LONG = 600  # letters of a value that nobody reads in a terminal
 
 
@@ -18,7 +18,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
     parser.add_argument("--device", default=None, help="cpu or cuda; by default cuda where there is one")
     parser.add_argument("--rounds", type=int, help="timed rounds; the figures are medians [7; of resize 1]")
-    parser.add_argument("--photos", help="views, ingest: a folder of photographs to cut up [those of the system]")
+    parser.add_argument("--photos", help="views, ingest, embed: a folder of photographs to cut up [those of the system]")
     arguments = parser.parse_args(argv)
 
     import torch  # late: --help answers at once

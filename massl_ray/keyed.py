@@ -4,11 +4,12 @@ There is no global generator anywhere in this package. A draw names its stream (
 three counters (step, epoch, sample, view, ...); Philox turns these into the same numbers on every machine.
 """
 
-from enum import IntEnum
+from enum import IntEnum, unique
 
 import numpy as np
 
 
+@unique
 class Stream(IntEnum):
     """What a draw is for. Values are part of the exactness contract: append, never renumber."""
 
@@ -20,6 +21,8 @@ class Stream(IntEnum):
     BLOCKS = 6
     HOLD_OUT = 7
     SWEEP = 8
+    MAP = 9
+    EVALUATION = 10
 
 
 def generator(stream: Stream, seed: int, *counters: int) -> np.random.Generator:

@@ -8,7 +8,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from massl_ray.evaluation.knn import knn_accuracy, knn_predict
+from massl_ray.errors import UserError
+from massl_ray.evaluation.knn import knn, knn_accuracy, knn_predict, knn_votes
+from massl_ray.evaluation.results import Split
+from tests.splits import clouds
 
 
 def votes(bank: np.ndarray, labels: np.ndarray, query: np.ndarray, k: int, temperature: float, num_classes: int) -> list[float]:
@@ -115,3 +118,46 @@ def test_a_bank_finds_itself_at_k_1():
     labels = torch.arange(50) % 10
     assert knn_accuracy(rows, labels, rows, labels, k=1, temperature=0.07) == 1.0
     assert knn_accuracy(rows, labels, rows, (labels + 1) % 10, k=1, temperature=0.07) == 0.0
+
+
+def test_all_k_in_one_pass_agree_with_a_plain_loop():
+    train, test = clouds(80, apart=0.5), clouds(40, apart=0.5, seed=1)
+    result = knn(train, test, ks=(1, 7, 20, 80))
+    for k in (1, 7, 20, 80):
+        plain = [np.argmax(votes(train.vectors, train.labels, query, k, 0.07, 4)) for query in test.vectors]
+        assert result.figures[f"top1_k{k}"].value == pytest.approx((plain == test.labels).mean())
+    figures = result.figures.values()
+    assert len({figure.value for figure in figures}) > 1  # k matters here
+    assert all(figure.low < figure.value < figure.high for figure in figures)
+
+
+def test_judged_by_the_k_that_was_said_whatever_is_best():
+    train, test = clouds(300, apart=0.4), clouds(60, apart=0.4, seed=1)
+    assert list(knn(train, test).figures) == ["top1_k20", "top1_k10", "top1_k100", "top1_k200"]
+    result = knn(train, test, ks=(20, 1), judged=1)
+    assert list(result.figures) == ["top1_k1", "top1_k20"]
+    assert result.parameters["judged_by"] == "top1_k1" and result.parameters["best_k"] == 20
+    assert result.figures["top1_k20"].value > result.figures["top1_k1"].value
+
+
+def test_chunks_change_nothing(monkeypatch):
+    train, test = clouds(50), clouds(30, seed=1)
+    arguments = train.vectors, train.labels, test.vectors
+    whole = knn_votes(*arguments, ks=(3, 9), temperature=5.0)
+    monkeypatch.setattr("massl_ray.evaluation.knn.VOTES", 350)
+    parts = knn_votes(*arguments, ks=(3, 9), temperature=5.0)
+    assert all((whole[k] == parts[k]).all() for k in (3, 9))
+
+
+@pytest.mark.parametrize(
+    "ks, train, sentence",
+    [
+        ((10, 200), clouds(50), "k = 200 asks for more neighbours than the 50 train images"),
+        ((0,), clouds(50), "each k must be 1 or more"),
+        ((), clouds(50), "got none"),
+        ((5,), Split(clouds(50).vectors, None), "needs labels and the train set has none"),
+    ],
+)
+def test_what_cannot_be(ks, train, sentence):
+    with pytest.raises(UserError, match=sentence):
+        knn(train, clouds(20), ks=ks)

@@ -44,6 +44,11 @@ def test_every_command_is_known_to_a_test():
         "prepare",
         "report",
         "inspect",
+        "evaluate",
+        "embed",
+        "export",
+        "visualize",
+        "compare",
         "bench",
     ]
 

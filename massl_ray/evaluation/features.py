@@ -37,7 +37,7 @@ def backbone_features(backbone: nn.Module, listing: Listing, config: Config, dev
             torch.inference_mode(),
             torch.autocast(device.type, dtype=torch.bfloat16, enabled=config.train.precision == "bf16"),
         ):
-            for numbers, pixels in _chunks(listing, lambda image: center_view(image, size, share), config.data):
+            for numbers, pixels in decoded(listing, lambda image: center_view(image, size, share), Decoding.of(config.data)):
                 normal = (pixels.to(device).float() - mean) / std
                 rows.append(backbone(normal.permute(0, 3, 1, 2)).float().cpu())
                 samples.append(numbers)
@@ -49,7 +49,7 @@ def backbone_features(backbone: nn.Module, listing: Listing, config: Config, dev
 def pixel_features(listing: Listing, data: DataSection, side: int = 32) -> Features:
     """The images themselves, shrunk to side x side pixels: what any backbone has to beat."""
 
-    chunks = _chunks(listing, lambda image: resized(image, side), data)
+    chunks = decoded(listing, lambda image: resized(image, side), Decoding.of(data))
     parts = [(pixels.flatten(1).float(), numbers) for numbers, pixels in chunks]
     return _features(listing, [rows for rows, _ in parts], [numbers for _, numbers in parts])
 
@@ -62,18 +62,22 @@ def _features(listing: Listing, rows: list[Tensor], samples: list[Tensor]) -> Fe
     return Features(torch.cat(rows), places, labels)
 
 
-def _chunks(listing: Listing, view: Callable[[np.ndarray], np.ndarray], data: DataSection) -> Iterator[tuple[Tensor, Tensor]]:
-    """Places (n,) and pixels (n, H, W, C) uint8 of the readable images, a chunk at a time, decoded by a few threads."""
+def decoded(
+    listing: Listing, view: Callable[[np.ndarray], np.ndarray], how: Decoding, samples: range | None = None
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Places (n,) and pixels (n, H, W, C) uint8 of the readable images among `samples` (None: all), a chunk at a time, decoded by
+    a few threads."""
 
     def load(sample: int) -> np.ndarray | None:
         try:
-            return view(Encoded(listing.read(sample), Decoding.of(data)).pixels()[0])
+            return view(Encoded(listing.read(sample), how).pixels()[0])
         except UNREADABLE:
             return None
 
+    wanted = range(len(listing)) if samples is None else samples
     with ThreadPoolExecutor(4) as pool:
-        for first in range(0, len(listing), CHUNK):
-            numbers = range(first, min(first + CHUNK, len(listing)))
+        for first in range(0, len(wanted), CHUNK):
+            numbers = wanted[first : first + CHUNK]
             loaded = [
                 (number, pixels) for number, pixels in zip(numbers, pool.map(load, numbers), strict=True) if pixels is not None
             ]

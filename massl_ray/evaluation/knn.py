@@ -1,8 +1,18 @@
 """k-nearest-neighbour classification on frozen features."""
 
+from collections.abc import Sequence
+
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize, one_hot
+
+from massl_ray.errors import UserError
+from massl_ray.evaluation.bootstrap import INTERVAL, mean_figure
+from massl_ray.evaluation.checks import labelled, unit
+from massl_ray.evaluation.results import Result, Split
+
+VOTES = 2**24  # similarities held at once
 
 
 def knn_predict(bank: Tensor, labels: Tensor, queries: Tensor, *, k: int, temperature: float, num_classes: int) -> Tensor:
@@ -26,3 +36,52 @@ def knn_accuracy(bank: Tensor, labels: Tensor, queries: Tensor, truth: Tensor, *
     num_classes = int(max(labels.max(), truth.max())) + 1
     predicted = knn_predict(bank, labels, queries, k=k, temperature=temperature, num_classes=num_classes)
     return (predicted == truth.long()).float().mean().item()
+
+
+def knn(
+    train: Split, test: Split, *, ks: Sequence[int] = (10, 20, 100, 200), temperature: float = 0.07, judged: int = 20, seed: int = 0
+) -> Result:
+    """Top-1 accuracy for each k, found in one pass. It is judged by k = `judged` and not by whichever k is best on the test
+    images: `best_k` only says which that is."""
+    both = labelled(train, test, "knn")
+    ks = sorted(set(ks), key=lambda k: (k != judged, k))
+    if not ks or min(ks) < 1:
+        raise UserError(f"knn: each k must be 1 or more, got {', '.join(map(str, ks)) or 'none'}")
+    if max(ks) > len(train):
+        raise UserError(f"knn: k = {max(ks)} asks for more neighbours than the {len(train)} train images; ask for smaller k")
+    predicted = knn_votes(unit(train.vectors), both.train, unit(test.vectors), ks=ks, temperature=temperature)
+    figures = {f"top1_k{k}": mean_figure(predicted[k] == both.test, seed=seed) for k in ks}
+    best = max(ks, key=lambda k: figures[f"top1_k{k}"].value)
+    parameters = {
+        "ks": list(ks),
+        "temperature": temperature,
+        "similarity": "cosine",
+        "vote": "exp(similarity / temperature)",
+        "judged_by": f"top1_k{ks[0]}",
+        "best_k": best,
+        "classes": both.num_classes,
+        "train_images": len(train),
+        "test_images": len(test),
+        "seed": seed,
+        "interval": INTERVAL,
+    }
+    return Result("knn", figures, parameters)
+
+
+def knn_votes(
+    bank: np.ndarray, labels: np.ndarray, queries: np.ndarray, *, ks: Sequence[int], temperature: float
+) -> dict[int, np.ndarray]:
+    """For each k the predicted classes (n,) of unit `queries` (n, D) by unit `bank` (m, D) with labels (m,): the vote of
+    `knn_predict`, with the neighbours sought once for the largest k and counted nearest first."""
+    rows, classes = torch.from_numpy(bank), torch.from_numpy(labels)
+    num_classes = int(classes.max()) + 1
+    found: dict[int, list[Tensor]] = {k: [] for k in sorted(ks)}
+    for chunk in torch.from_numpy(queries).split(max(1, VOTES // max(len(rows), num_classes))):
+        similarity, nearest = (chunk @ rows.T).topk(max(ks), dim=1)
+        weights, kinds = torch.exp((similarity - 1.0) / temperature), classes[nearest]
+        votes, counted = torch.zeros(len(chunk), num_classes), 0
+        for k, predictions in found.items():
+            votes.scatter_add_(1, kinds[:, counted:k], weights[:, counted:k])
+            predictions.append(votes.argmax(1))
+            counted = k
+    return {k: torch.cat(predictions).numpy() for k, predictions in found.items()}

@@ -1,7 +1,7 @@
 """The encoder: any timm backbone, a projection head, a unit vector. Student and teacher are two of these."""
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from massl_ray.config import Config, HeadSection, ModelSection
 from massl_ray.errors import UserError
 from massl_ray.keyed import Stream, generator, seed_for
+
+SIZES = ("img_size", "dynamic_img_size", "dynamic_img_pad")  # arguments that follow from the views
 
 
 class KeyedDropPath(nn.Module):
@@ -96,18 +98,21 @@ def build_encoder(config: Config, *, drop_path: float = 0.0) -> Encoder:
     return Encoder(backbone, head)
 
 
-def build_backbone(config: ModelSection, image_size: int, drop_path: float = 0.0, channels: int = 3) -> nn.Module:
-    """Any timm model without its classifier; transformers are made for `image_size` and take any other.
+def build_backbone(
+    config: ModelSection, image_size: int, drop_path: float = 0.0, channels: int = 3, more: Mapping[str, Any] | None = None
+) -> nn.Module:
+    """Any timm model without its classifier; transformers are made for `image_size` and take any other. `more`: further arguments
+    that timm's model takes.
 
     Raises:
         UserError: unknown name (with the nearest ones), unreadable weights, or stochastic depth where the model has none.
     """
     check_name(config.backbone)
-    arguments: dict[str, Any] = {"num_classes": 0, "pretrained": config.init == "pretrained", "in_chans": channels}
+    ours: dict[str, Any] = {"num_classes": 0, "pretrained": config.init == "pretrained", "in_chans": channels}
+    arguments = {key: value for key, value in (more or {}).items() if key not in SIZES} | ours
     if drop_path:
         arguments["drop_path_rate"] = drop_path
-    any_size = {"img_size": image_size, "dynamic_img_size": True, "dynamic_img_pad": True}
-    model = _create(config.backbone, arguments, any_size, {"img_size": image_size}, {})
+    model, _ = _create(config.backbone, arguments, image_size)
     if config.init not in ("random", "pretrained"):
         load_weights(model, Path(config.init))
     replaced = _replace_drop_path(model)
@@ -116,12 +121,19 @@ def build_backbone(config: ModelSection, image_size: int, drop_path: float = 0.0
     return model
 
 
-def _create(name: str, arguments: dict[str, Any], *extras: dict[str, Any]) -> nn.Module:
-    """timm's families take different arguments: the first of `extras` that this one takes."""
+def size_arguments(name: str, image_size: int, arguments: dict[str, Any]) -> dict[str, Any]:
+    """What build_backbone gives timm.create_model beside `arguments`, so that a model is made for images of this size."""
+    return _create(name, arguments, image_size)[1]
+
+
+def _create(name: str, arguments: dict[str, Any], image_size: int) -> tuple[nn.Module, dict[str, Any]]:
+    """timm's families take different arguments: a model by the first that this one takes, and these."""
     refused = ""
+    any_size = {"img_size": image_size, "dynamic_img_size": True, "dynamic_img_pad": True}
+    extras: list[dict[str, Any]] = [any_size, {"img_size": image_size}, {}]
     for extra in extras:
         try:
-            return timm.create_model(name, **arguments, **extra)
+            return timm.create_model(name, **arguments, **extra), extra
         except TypeError as error:
             refused = str(error)
     if "'drop_path_rate'" in refused:

@@ -15,6 +15,7 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from massl_ray.evaluation.records import read_records, tables
 from massl_ray.reporting.summary import read_knn, read_metrics
 from massl_ray.training.run import write_atomically
 
@@ -41,6 +42,7 @@ def write_report(run_dir: Path) -> Path:
     sections = [
         _head(run_dir, config, lines, knn),
         _charts(config, lines, knn),
+        _evaluations(run_dir),
         _views(run_dir, config),
         _neighbours(run_dir),
         _settings(config),
@@ -146,6 +148,16 @@ def chart(title: str, unit: str, draw: Callable[[Axes], None], xlabel: str = "st
         axes.spines[["top", "right"]].set_visible(False)
         figure.savefig(buffer, format="svg")
     return _data_url("image/svg+xml", buffer.getvalue())
+
+
+def _evaluations(run_dir: Path) -> str:
+    """What `massl-ray evaluate` found."""
+    found = ""
+    for name, (head, *lines) in tables(read_records(run_dir / "eval")).items():
+        rows = "".join("<tr>" + "".join(f"<td>{text(cell)}</td>" for cell in line) + "</tr>" for line in lines)
+        found += f"<h3>{text(name)}</h3><table><tr>{''.join(f'<th>{text(cell)}</th>' for cell in head)}</tr>{rows}</table>"
+    note = "Figures of frozen features, with their 95 % intervals in brackets. Parameters are in eval/evaluation_*.json."
+    return f"<h2>Evaluation</h2><p class='note'>{note}</p>{found}" if found else ""
 
 
 def _views(run_dir: Path, config: dict[str, Any]) -> str:

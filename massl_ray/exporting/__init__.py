@@ -1,0 +1,1 @@
+"""The backbone of a checkpoint, in the forms that other programs load."""

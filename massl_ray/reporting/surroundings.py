@@ -1,0 +1,121 @@
+"""Pictures of a whole source's embeddings: nearest neighbours, and the map."""
+
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch.nn.functional import normalize
+
+from massl_ray.data.decode import UNREADABLE, Decoding, Encoded
+from massl_ray.data.listing import Listing
+from massl_ray.evaluation.features import Features
+from massl_ray.evaluation.landscape import NEAR, landscape
+from massl_ray.evaluation.neighbours import nearest_neighbours
+from massl_ray.evaluation.subjects import Subject
+from massl_ray.reporting.gallery import Gallery
+from massl_ray.reporting.html import text
+from massl_ray.reporting.panels import GREEN, Tile, photo, sheet
+from massl_ray.reporting.pictures import png_bytes
+from massl_ray.reporting.plane import NAMED, draw_map
+
+AT_ONCE = 64  # images
+THUMB = 48  # pixels
+
+
+@dataclass(frozen=True)
+class Surroundings:
+    features: Features
+    pixels: Sequence[np.ndarray]  # (THUMB, THUMB, 3) uint8 of the same images
+    listing: Listing
+
+
+def look_around(subject: Subject, listing: Listing, how: Decoding) -> Surroundings:
+    """Features of a listing's readable images, in the view that evaluation takes, with thumbnails."""
+    device = next(iter(subject.backbone.parameters()), torch.empty(0)).device
+    rows, samples, thumbs = [], [], []
+    for numbers, views in _chunks(subject, listing, how):
+        rows.append(subject.embedded(torch.from_numpy(views).to(device)).cpu())
+        samples += numbers
+        thumbs += [photo(view, THUMB) for view in views]
+    places = torch.tensor(samples, dtype=torch.long)
+    labels = None if listing.labels is None else torch.from_numpy(listing.labels)[places]
+    return Surroundings(Features(torch.cat(rows) if rows else torch.empty(0, 0), places, labels), thumbs, listing)
+
+
+def _chunks(subject: Subject, listing: Listing, how: Decoding) -> Iterator[tuple[list[int], np.ndarray]]:
+    def load(sample: int) -> np.ndarray | None:
+        try:
+            return subject.view(Encoded(listing.read(sample), how).pixels()[0])
+        except UNREADABLE:
+            return None
+
+    with ThreadPoolExecutor(4) as pool:
+        for first in range(0, len(listing), AT_ONCE):
+            numbers = range(first, min(first + AT_ONCE, len(listing)))
+            loaded = [(n, view) for n, view in zip(numbers, pool.map(load, numbers), strict=True) if view is not None]
+            if loaded:
+                yield [number for number, _ in loaded], np.stack([view for _, view in loaded])
+
+
+def draw_neighbours(gallery: Gallery, subject: Subject, slug: str, around: Surroundings, how: Decoding) -> None:
+    listing, found = around.listing, nearest_neighbours(around.features, around.listing)
+
+    def tile(entry: dict, query: dict | None = None) -> Tile:
+        pixels = subject.view(Encoded(listing.read(entry["sample"]), how).pixels()[0])
+        same = query is not None and entry["class"] is not None and entry["class"] == query["class"]
+        caption = f"{_distance(entry['similarity'])}  {entry['class'] or ''}" if query else entry["class"] or "query"
+        return Tile(photo(pixels), caption, GREEN if same else None)
+
+    title = f"Nearest neighbours: {subject.name}"
+    if not found or not found[0]["neighbours"]:
+        gallery.add(title, "There are fewer than two readable images.")
+        return
+    rows = [[tile(query), *(tile(near, query) for near in query["neighbours"])] for query in found]
+    titles = ["query", *(f"nearest {number}" for number in range(1, len(rows[0])))]
+    classes = " Classes, framed in green where they are the query's, were not used." if listing.labels is not None else ""
+    note = (
+        f"Images, evenly spaced through {len(around.features.rows):,} of the source, and those nearest to them, with their "
+        f"distances: 1 minus the cosine similarity of pooled features. Any two images are {1 - _any_two(around.features):.2g} "
+        f"apart on average; only what is well below that says something.{classes}"
+    )
+    gallery.add(title, note + _names(found), png_bytes(sheet(rows, (), titles)), f"neighbours_{slug}.png")
+
+
+def draw_landscape(gallery: Gallery, subject: Subject, slug: str, around: Surroundings, *, thumbnails: bool) -> None:
+    title, rows = f"Map of the embeddings: {subject.name}", around.features.rows
+    try:
+        made = landscape(rows.numpy())
+    except ValueError as error:
+        gallery.add(title, f"{text(error).capitalize()}.")
+        return
+    labels = None if around.features.labels is None else around.features.labels.numpy()
+    kept = f" {made.kept:.0%} of each image's {NEAR} nearest images are among its {NEAR} nearest points." if made.kept else ""
+    few = "" if len(around.listing.classes) <= NAMED else f" The {NAMED - 1} largest classes have colours of their own."
+    note = (
+        f"{len(rows):,} images by t-SNE (perplexity {made.perplexity:.0f}) of the pooled features' first principal components. "
+        "What is close together on the map is mostly similar; the distances between groups, their sizes and the axes mean nothing, "
+        f"and groups appear in any data.{kept}{few}"
+    )
+    png = draw_map(made.points, labels, around.listing.classes, around.pixels if thumbnails else None)
+    gallery.add(title, note, png, f"map_{slug}.png")
+
+
+def _distance(similarity: float) -> str:
+    distance = max(0.0, 1 - similarity)
+    return f"{distance:.4f}" if distance < 0.01 else f"{distance:.2g}"
+
+
+def _any_two(features: Features) -> float:
+    rows = normalize(features.rows.double(), dim=1)
+    n = len(rows)
+    return float((rows.sum(0).square().sum() - n) / (n * (n - 1)))
+
+
+def _names(found: Sequence[dict]) -> str:
+    lines = "".join(
+        f"<tr><td>{text(query['path'])}</td><td>{'<br>'.join(text(near['path']) for near in query['neighbours'])}</td></tr>"
+        for query in found
+    )
+    return f"</p><details><summary>Their files</summary><table>{lines}</table></details><p>"
