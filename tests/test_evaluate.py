@@ -158,22 +158,19 @@ def test_nothing_to_evaluate(capsys):
 
 @pytest.mark.ray
 @pytest.mark.slow
-def test_over_a_cluster_the_same_features_in_the_same_order(run, images, monkeypatch):
+def test_over_a_cluster_the_same_features_in_the_same_order(run, images, ray_cluster):
+    from functools import partial
+
     import numpy as np
-    import ray
 
     from massl_ray.config import DataSection
     from massl_ray.data.sources import open_source
     from massl_ray.evaluation.split_features import here, split_features
     from massl_ray.evaluation.subjects import open_subject
-    from massl_ray.on_ray import features
-    from massl_ray.on_ray.cluster import cluster
+    from massl_ray.on_ray.features import over_cluster
 
     sorted(images.rglob("*.png"))[5].write_bytes(b"no image")
     listing, subject = open_source(str(images)), open_subject(str(run))
     expected, bad = split_features(subject, listing, DataSection(), here(torch.device("cpu")))
-    monkeypatch.setattr(features, "PART", 16)
-    with cluster():
-        assert ray.is_initialized()
-        found, also_bad = split_features(subject, listing, DataSection(), features.over_cluster, fresh=True)
+    found, also_bad = split_features(subject, listing, DataSection(), partial(over_cluster, size=16), fresh=True)
     assert np.allclose(found.vectors, expected.vectors, atol=1e-5) and found.paths == expected.paths and bad == also_bad
