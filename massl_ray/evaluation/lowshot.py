@@ -76,9 +76,11 @@ def lowshot(
 
 
 def fitted(rows: np.ndarray, labels: np.ndarray, strength: float) -> LogisticRegression:
-    """On rows (m, D), labels (m,). Stopping at the last iteration is no error: the accuracy no longer moves then."""
+    """On rows (m, D), labels (m,). Stopping at the last iteration is no error: the accuracy no longer moves then. Nor are many
+    classes of few images, which scikit-learn takes for a mistake."""
     with calm(rows.size), warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)
+        warnings.filterwarnings("ignore", "The number of unique classes is greater than 50%")
         return LogisticRegression(C=strength, max_iter=ITERATIONS).fit(rows, labels)
 
 
@@ -103,7 +105,10 @@ def _strength(rows: np.ndarray, labels: np.ndarray, strengths: Sequence[float], 
     folds = min(FOLDS, int(np.bincount(labels)[np.unique(labels)].min()))
     if len(strengths) == 1 or folds < 2:
         return strengths[0] if len(strengths) == 1 else ALONE
-    parts = list(StratifiedKFold(folds, shuffle=True, random_state=random_state(Purpose.SUBSET, seed)).split(rows, labels))
+    folded = StratifiedKFold(folds, shuffle=True, random_state=random_state(Purpose.SUBSET, seed))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The number of unique classes is greater than 50%")
+        parts = list(folded.split(rows, labels))
     scores = {
         strength: sum(
             int(np.sum(fitted(rows[fit], labels[fit], strength).predict(rows[rest]) == labels[rest])) for fit, rest in parts
