@@ -501,11 +501,12 @@ def test_a_manifest_does_not_command_a_terminal(checkpoints, capsys):
 
 
 def test_nothing_of_ours_unpickles(tmp_path):
-    """pickle and its kin are not even named where files are read."""
-    words = ("pickle.load", "cloudpickle", "joblib", "allow_pickle=True", "weights_only=False", "yaml.load(", "eval(", "exec(")
+    """pickle and its kin are not even named where files are read; but for the unpickler that lets only numbers through."""
+    words = ("pickle.load", "cloudpickle", "joblib", "allow_pickle=True", "weights_only=False", "yaml.load(", "Unpickler)")
     for path in Path(massl_ray.__file__).parent.rglob("*.py"):
         for number, line in enumerate(path.read_text().splitlines(), 1):
-            assert not any(word in line.replace(".eval()", "") for word in words), f"{path}:{number}: {line}"
+            run = any(word in line for word in words) or re.search(r"(?<![\w.])(eval|exec)\(", line)
+            assert not run or "class _Plain(pickle.Unpickler)" in line, f"{path}:{number}: {line}"
 
 
 def test_checkpoints_are_found_by_name_alone(tmp_path):
