@@ -9,7 +9,7 @@ from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from massl_ray.config import Config, load
+from massl_ray.config import Config, OwnFlags, load
 from massl_ray.errors import UserError
 
 if TYPE_CHECKING:
@@ -43,11 +43,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def read_arguments(arguments: Sequence[str]) -> tuple[argparse.Namespace, Config]:
     """The command's own flags, and the configuration. Raises UserError."""
-    own = argparse.ArgumentParser(prog="massl-ray doctor", add_help=False, allow_abbrev=False)
+    own = OwnFlags("massl-ray doctor")
     own.add_argument("--cluster", type=Path)
     own.add_argument("--measure", action="store_true")
     own.add_argument("--json", action="store_true")
-    own.error = _refuse  # type: ignore[method-assign]
     given, rest = own.parse_known_args(arguments)
     return given, load(rest, "massl-ray doctor")
 
@@ -81,10 +80,6 @@ def describe(found: "Checkup") -> str:
         remedy = f" {finding.remedy}" if finding.remedy else ""
         lines.append(f"{finding.severity:<8} {finding.check:<{width}}  {finding.sentence}{remedy}")
     return "\n".join(lines)
-
-
-def _refuse(message: str) -> Any:
-    raise UserError(f"The flags could not be read: {message}. See --help.")
 
 
 if __name__ == "__main__":

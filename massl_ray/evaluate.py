@@ -9,7 +9,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from massl_ray.config import Config
+from massl_ray.config import Config, OwnFlags
 from massl_ray.errors import UserError
 from massl_ray.shown import in_a_line
 
@@ -74,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def read_arguments(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     """The command's own flags, and the settings. Raises UserError."""
     own, settings = split_settings(arguments)
-    parser = argparse.ArgumentParser(prog="massl-ray evaluate", add_help=False, allow_abbrev=False)
+    parser = OwnFlags("massl-ray evaluate")
     parser.add_argument("what", nargs="*")
     parser.add_argument("--test")
     parser.add_argument("--protocols", default="knn")
@@ -85,7 +85,6 @@ def read_arguments(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[s
     parser.add_argument("--out")
     parser.add_argument("--fresh", action="store_true")
     parser.add_argument("--json", action="store_true")
-    parser.error = _refuse  # type: ignore[method-assign]
     given = parser.parse_args(own)
     if not given.what:
         raise UserError("There is nothing to evaluate: name a run directory, for instance. See --help.")
@@ -256,10 +255,6 @@ def _numbers(text: str) -> list[int]:
     if min(numbers) < 1:
         raise ValueError
     return numbers
-
-
-def _refuse(message: str) -> Any:
-    raise UserError(f"The flags could not be read: {message}. See --help.")
 
 
 if __name__ == "__main__":

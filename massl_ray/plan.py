@@ -5,9 +5,8 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from massl_ray.config import Config, load
+from massl_ray.config import Config, OwnFlags, load
 from massl_ray.errors import UserError
 
 HELP = """usage: massl-ray plan [--cluster FILE] [--images N] [--rate IMAGES_PER_S] [--json] [--section.key VALUE ...]
@@ -38,12 +37,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def read_arguments(arguments: Sequence[str]) -> tuple[argparse.Namespace, Config]:
     """The command's own flags, and the configuration. Raises UserError."""
-    own = argparse.ArgumentParser(prog="massl-ray plan", add_help=False, allow_abbrev=False)
+    own = OwnFlags("massl-ray plan")
     own.add_argument("--cluster", type=Path)
     own.add_argument("--images", type=int)
     own.add_argument("--rate", type=float)
     own.add_argument("--json", action="store_true")
-    own.error = _refuse  # type: ignore[method-assign]
     given, rest = own.parse_known_args(arguments)
     if given.images is not None and given.images < 2:
         raise UserError(f"--images is {given.images}; training needs at least 2.")
@@ -76,10 +74,6 @@ def _count(config: Config) -> int:
     from massl_ray.data.sources import open_source
 
     return len(open_source(config.data.source, cache_gb=config.data.cache_gb))
-
-
-def _refuse(message: str) -> Any:
-    raise UserError(f"The flags could not be read: {message}. See --help.")
 
 
 if __name__ == "__main__":

@@ -172,5 +172,5 @@ def test_over_a_cluster_the_same_features_in_the_same_order(run, images, ray_clu
     sorted(images.rglob("*.png"))[5].write_bytes(b"no image")
     listing, subject = open_source(str(images)), open_subject(str(run))
     expected, bad = split_features(subject, listing, DataSection(), here(torch.device("cpu")))
-    found, also_bad = split_features(subject, listing, DataSection(), partial(over_cluster, size=16), fresh=True)
+    found, also_bad = split_features(subject, listing, DataSection(), partial(over_cluster, batch=16), fresh=True)
     assert np.allclose(found.vectors, expected.vectors, atol=1e-5) and found.paths == expected.paths and bad == also_bad

@@ -13,6 +13,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -103,7 +104,7 @@ def rehearse(folder: Path, steps: int = STEPS) -> dict[str, Any]:
     from massl_ray.on_ray.fake_cloud import FakeCloud
 
     run_dir = folder / "run"
-    with _closing(FakeCloud(1, max_machines=2)) as cloud:
+    with closing(FakeCloud(1, max_machines=2)) as cloud:
         submit = ("job", "submit", "--submission-id", "rehearsal", "--", "python", "-m", "massl_ray.train")
         job = cloud.ray(*submit, *_flags(run_dir, steps, 2))
         log = _drain(job, folder / "job.log")
@@ -205,19 +206,6 @@ def _lines(path: Path) -> list[dict[str, Any]]:
 def _last_line(path: Path) -> dict[str, Any] | None:
     lines = _lines(path)
     return lines[-1] if lines else None
-
-
-class _closing:
-    """contextlib.closing, but typed for what is closed."""
-
-    def __init__(self, thing: Any):
-        self.thing = thing
-
-    def __enter__(self) -> Any:
-        return self.thing
-
-    def __exit__(self, *_: object) -> None:
-        self.thing.close()
 
 
 def draw(timeline: Timeline) -> Any:

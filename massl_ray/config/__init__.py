@@ -5,6 +5,7 @@ that depends on the size of the data set. Nothing else in the package computes a
 """
 
 from massl_ray.config.loading import (
+    OwnFlags,
     decided_as,
     keys,
     load,
@@ -25,6 +26,7 @@ __all__ = [
     "DataSection",
     "HeadSection",
     "ModelSection",
+    "OwnFlags",
     "MonitorSection",
     "Resolved",
     "ViewsSection",

@@ -6,7 +6,7 @@ import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from pydantic import ValidationError
 from pydantic_settings import CliSettingsSource
@@ -119,6 +119,16 @@ def secret_keys(config: Config) -> list[str]:
 
 def _settings(config: Config) -> Iterator[tuple[str, Any]]:
     return ((f"{section}.{key}", value) for section, values in config.model_dump().items() for key, value in values.items())
+
+
+class OwnFlags(argparse.ArgumentParser):
+    """Flags that a command has beside the settings of training. A mistake in them is a UserError, as one in the settings is."""
+
+    def __init__(self, prog: str):
+        super().__init__(prog=prog, add_help=False, allow_abbrev=False)
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"The flags could not be read: {message}. See --help.")
 
 
 def _help(prog: str) -> argparse.ArgumentParser:

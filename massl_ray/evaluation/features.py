@@ -62,11 +62,8 @@ def _features(listing: Listing, rows: list[Tensor], samples: list[Tensor]) -> Fe
     return Features(torch.cat(rows), places, labels)
 
 
-def decoded(
-    listing: Listing, view: Callable[[np.ndarray], np.ndarray], how: Decoding, samples: range | None = None
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Places (n,) and pixels (n, H, W, C) uint8 of the readable images among `samples` (None: all), a chunk at a time, decoded by
-    a few threads."""
+def decoded(listing: Listing, view: Callable[[np.ndarray], np.ndarray], how: Decoding) -> Iterator[tuple[Tensor, Tensor]]:
+    """Places (n,) and pixels (n, H, W, C) uint8 of the readable images, a chunk at a time, decoded by a few threads."""
 
     def load(sample: int) -> np.ndarray | None:
         try:
@@ -74,10 +71,9 @@ def decoded(
         except UNREADABLE:
             return None
 
-    wanted = range(len(listing)) if samples is None else samples
     with ThreadPoolExecutor(4) as pool:
-        for first in range(0, len(wanted), CHUNK):
-            numbers = wanted[first : first + CHUNK]
+        for first in range(0, len(listing), CHUNK):
+            numbers = range(first, min(first + CHUNK, len(listing)))
             loaded = [
                 (number, pixels) for number, pixels in zip(numbers, pool.map(load, numbers), strict=True) if pixels is not None
             ]

@@ -1,16 +1,15 @@
 """Pictures of a whole source's embeddings: nearest neighbours, and the map."""
 
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch.nn.functional import normalize
 
-from massl_ray.data.decode import UNREADABLE, Decoding, Encoded
+from massl_ray.data.decode import Decoding, Encoded
 from massl_ray.data.listing import Listing
-from massl_ray.evaluation.features import Features
+from massl_ray.evaluation.features import Features, decoded
 from massl_ray.evaluation.landscape import NEAR, landscape
 from massl_ray.evaluation.neighbours import nearest_neighbours
 from massl_ray.evaluation.subjects import Subject
@@ -20,7 +19,6 @@ from massl_ray.reporting.panels import GREEN, Tile, photo, sheet
 from massl_ray.reporting.pictures import png_bytes
 from massl_ray.reporting.plane import NAMED, draw_map
 
-AT_ONCE = 64  # images
 THUMB = 48  # pixels
 
 
@@ -34,29 +32,14 @@ class Surroundings:
 def look_around(subject: Subject, listing: Listing, how: Decoding) -> Surroundings:
     """Features of a listing's readable images, in the view that evaluation takes, with thumbnails."""
     device = next(iter(subject.backbone.parameters()), torch.empty(0)).device
-    rows, samples, thumbs = [], [], []
-    for numbers, views in _chunks(subject, listing, how):
-        rows.append(subject.embedded(torch.from_numpy(views).to(device)).cpu())
-        samples += numbers
-        thumbs += [photo(view, THUMB) for view in views]
-    places = torch.tensor(samples, dtype=torch.long)
+    rows, samples, thumbs = [torch.empty(0, 0)], [torch.empty(0, dtype=torch.long)], []
+    for numbers, views in decoded(listing, subject.view, how):
+        rows.append(subject.embedded(views.to(device)).cpu())
+        samples.append(numbers)
+        thumbs += [photo(view, THUMB) for view in views.numpy()]
+    places = torch.cat(samples)
     labels = None if listing.labels is None else torch.from_numpy(listing.labels)[places]
-    return Surroundings(Features(torch.cat(rows) if rows else torch.empty(0, 0), places, labels), thumbs, listing)
-
-
-def _chunks(subject: Subject, listing: Listing, how: Decoding) -> Iterator[tuple[list[int], np.ndarray]]:
-    def load(sample: int) -> np.ndarray | None:
-        try:
-            return subject.view(Encoded(listing.read(sample), how).pixels()[0])
-        except UNREADABLE:
-            return None
-
-    with ThreadPoolExecutor(4) as pool:
-        for first in range(0, len(listing), AT_ONCE):
-            numbers = range(first, min(first + AT_ONCE, len(listing)))
-            loaded = [(n, view) for n, view in zip(numbers, pool.map(load, numbers), strict=True) if view is not None]
-            if loaded:
-                yield [number for number, _ in loaded], np.stack([view for _, view in loaded])
+    return Surroundings(Features(torch.cat(rows[1:] or rows), places, labels), thumbs, listing)
 
 
 def draw_neighbours(gallery: Gallery, subject: Subject, slug: str, around: Surroundings, how: Decoding) -> None:
