@@ -27,11 +27,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _compare(folders: Sequence[Path], out: Path | None, as_object: bool) -> int:
-    if len(folders) < 2:
-        raise UserError(f"{folders[0]} is one run: give two or more to compare, or see massl-ray report.")
     from massl_ray.reporting.comparison import as_json, read_runs
 
     runs = read_runs(folders)
+    if len(runs) < 2:
+        raise UserError(f"{folders[0]} is one run: give two or more to compare, or see massl-ray report.")
     if out is not None and out.is_dir():
         raise UserError(f"--out {out} is a folder: give the name of a file in it.")
     from massl_ray.reporting.side_by_side import console_text, write_comparison  # late: drawing takes a second to import

@@ -47,8 +47,8 @@ def read_arguments(arguments: Sequence[str]) -> tuple[argparse.Namespace, Config
     own.add_argument("--cluster", type=Path)
     own.add_argument("--measure", action="store_true")
     own.add_argument("--json", action="store_true")
-    given, rest = own.parse_known_args(arguments)
-    return given, load(rest, "massl-ray doctor")
+    given, settings = own.read(arguments)
+    return given, load(settings, "massl-ray doctor")
 
 
 def examine(given: argparse.Namespace, config: Config) -> int:

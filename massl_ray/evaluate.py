@@ -73,7 +73,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def read_arguments(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     """The command's own flags, and the settings. Raises UserError."""
-    own, settings = split_settings(arguments)
     parser = OwnFlags("massl-ray evaluate")
     parser.add_argument("what", nargs="*")
     parser.add_argument("--test")
@@ -85,24 +84,10 @@ def read_arguments(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[s
     parser.add_argument("--out")
     parser.add_argument("--fresh", action="store_true")
     parser.add_argument("--json", action="store_true")
-    given = parser.parse_args(own)
+    given, settings = parser.read(arguments)
     if not given.what:
         raise UserError("There is nothing to evaluate: name a run directory, for instance. See --help.")
     return given, settings + (["--data.test_source", given.test] if given.test else [])
-
-
-def split_settings(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
-    """A command's own arguments, and settings: those with a section, and preset and config, with their values."""
-    own, settings, rest = [], [], list(arguments)
-    while rest:
-        argument = rest.pop(0)
-        name = argument.split("=", 1)[0]
-        if name.startswith("--") and ("." in name or name in ("--preset", "--config")):
-            settings.append(argument)
-            settings += [rest.pop(0)] if "=" not in argument and rest else []
-        else:
-            own.append(argument)
-    return own, settings
 
 
 def evaluate(given: argparse.Namespace, settings: list[str]) -> int:

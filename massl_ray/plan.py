@@ -42,12 +42,12 @@ def read_arguments(arguments: Sequence[str]) -> tuple[argparse.Namespace, Config
     own.add_argument("--images", type=int)
     own.add_argument("--rate", type=float)
     own.add_argument("--json", action="store_true")
-    given, rest = own.parse_known_args(arguments)
+    given, settings = own.read(arguments)
     if given.images is not None and given.images < 2:
         raise UserError(f"--images is {given.images}; training needs at least 2.")
     if given.rate is not None and not 0 < given.rate < float("inf"):
         raise UserError(f"--rate is {given.rate:g}; give the images that one worker takes in a second, more than 0.")
-    return given, load(rest, "massl-ray plan")
+    return given, load(settings, "massl-ray plan")
 
 
 def show(given: argparse.Namespace, config: Config) -> int:

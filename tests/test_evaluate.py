@@ -136,7 +136,7 @@ def test_broken_images_are_named(run, images, capsys):
     [
         (["--protocols", "knnn"], "There is no protocol 'knnn'; the nearest is 'knn'"),
         (["--data.sauce", "x"], "There is no setting 'data.sauce'; the nearest is 'data.source'"),
-        (["--nonsense"], "The flags could not be read"),
+        (["--nonsense"], "There is no setting 'nonsense'"),
         (["--ks", "0"], "The flags could not be read"),
         (["--ks", "500"], "500 neighbours are asked for"),
         (["--data.source", "IMAGES/spots"], "needs labels, and"),

@@ -253,7 +253,7 @@ def test_remarks(tmp_path, capsys):
         (["--cluster", "none.yaml"], "The cluster file none.yaml cannot be read"),
         (["--model.backbone", "vit_tiny_patch", "--images", "10"], "is no timm model"),
         (["--data.source", "/nowhere"], "there is no folder or file /nowhere"),
-        (["--claster", "x"], "There is no setting 'claster'"),
+        (["--claster", "x"], "There is no setting 'claster'; the nearest is 'cluster'"),
     ],
 )
 def test_a_mistake_is_one_sentence(flags, words, capsys):

@@ -127,6 +127,25 @@ class OwnFlags(argparse.ArgumentParser):
     def __init__(self, prog: str):
         super().__init__(prog=prog, add_help=False, allow_abbrev=False)
 
+    def read(self, arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+        """The command's own, and settings for `load`: flags with a section, and preset and config, with their values. Raises
+        UserError."""
+        own, settings, rest = [], [], list(arguments)
+        while rest:
+            argument = rest.pop(0)
+            name = argument.split("=", 1)[0]
+            if name.startswith("--") and ("." in name or name in ("--preset", "--config")):
+                settings.append(argument)
+                settings += [rest.pop(0)] if "=" not in argument and rest else []
+            else:
+                own.append(argument)
+        given, unknown = self.parse_known_args(own)
+        if unknown:
+            name = unknown[0].lstrip("-").split("=", 1)[0]
+            known = [flag.removeprefix("--") for action in self._actions for flag in action.option_strings]
+            raise UserError(f"There is no setting '{name}'{nearest(name, known)}. See --help.")
+        return given, settings
+
     def error(self, message: str) -> NoReturn:
         raise UserError(f"The flags could not be read: {message}. See --help.")
 
