@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from massl_ray.config import Config, OwnFlags
@@ -14,11 +14,13 @@ from massl_ray.errors import UserError
 from massl_ray.shown import in_a_line
 
 if TYPE_CHECKING:
-    from massl_ray.data.listing import Listing
-    from massl_ray.evaluation.split_features import Compute
+    from massl_ray.evaluation.measuring import Measurer, Sides
     from massl_ray.evaluation.subjects import Subject
 
+HOLD_OUT = "-"  # as a test source: a tenth of train
+
 HELP = """usage: massl-ray evaluate WHAT [WHAT ...] [--data.source TRAIN] [--test SOURCE] [--protocols LIST] [--transfer SOURCE ...]
+                          [--landmarks DIR] [--clips DIR]
 
 Measure what frozen features are worth, each figure with its 95 % interval. Several WHATs are put side by side. WHAT is
 
@@ -32,10 +34,14 @@ Measure what frozen features are worth, each figure with its 95 % interval. Seve
 
   --data.source TRAIN  labelled images [those of the first run; else demo]; any source of massl-ray train
   --test SOURCE        test images, with classes that train has [a tenth of train, held out]; the same as --data.test_source
-  --protocols LIST     of knn, linear, lowshot, retrieval, clustering, quality, with commas; or all [knn]
-  --transfer SOURCE .. several data sets instead of one, in one table
+  --protocols LIST     of knn, linear, lowshot, retrieval, clustering, robustness, quality, copies, with commas; or all, which
+                       is all but copies [knn, unless --landmarks or --clips is given]
+  --transfer SOURCE .. several data sets instead of one, a table each; --test then takes one for each of them, or - to hold out
+  --landmarks DIR      image retrieval on revisited Oxford or Paris: a folder with jpg and gnd_*.pkl
+  --clips DIR          video object segmentation on DAVIS, or what lies as it does
   --backbone NAME      of weights files that do not say their architecture
   --ks LIST            neighbours of knn [10,20,100,200]
+  --augment N          linear: trained on N random crops of each image instead of the centred view [0]
   --seed N             of held-out parts, draws and intervals [0]
   --out DIR            where eval files go; without it into the run's eval/, and into its report.html
   --fresh              compute features anew, even if this machine keeps them from before
@@ -45,15 +51,6 @@ Of the settings of massl-ray train these matter: data.*, eval.knn_temp, eval.max
 views.global_size, eval.crop, data.mean, data.std, train.precision. train.device: where features are computed.
 
 Exit code 0: done; 1: it failed; 2: a mistake in what was asked for."""
-
-
-@dataclass(frozen=True)
-class Data:
-    """A data set with its two sides."""
-
-    name: str
-    train: "Listing"
-    test: "Listing"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -75,11 +72,14 @@ def read_arguments(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[s
     """The command's own flags, and the settings. Raises UserError."""
     parser = OwnFlags("massl-ray evaluate")
     parser.add_argument("what", nargs="*")
-    parser.add_argument("--test")
-    parser.add_argument("--protocols", default="knn")
+    parser.add_argument("--test", nargs="+", default=[])
+    parser.add_argument("--protocols")
     parser.add_argument("--transfer", nargs="+", default=[])
+    parser.add_argument("--landmarks")
+    parser.add_argument("--clips")
     parser.add_argument("--backbone")
     parser.add_argument("--ks", type=_numbers, default=[10, 20, 100, 200])
+    parser.add_argument("--augment", type=int, default=0)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out")
     parser.add_argument("--fresh", action="store_true")
@@ -87,31 +87,46 @@ def read_arguments(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[s
     given, settings = parser.read(arguments)
     if not given.what:
         raise UserError("There is nothing to evaluate: name a run directory, for instance. See --help.")
-    return given, settings + (["--data.test_source", given.test] if given.test else [])
+    if given.augment < 0:
+        raise UserError(f"--augment is {given.augment}; give a number of crops, or 0 for none.")
+    wanted = len(given.transfer) or 1
+    if given.test and len(given.test) != wanted:
+        raise UserError(f"--test names {len(given.test)} sources, and there are {wanted} of train images: give one for each, or -.")
+    if given.protocols is None and not given.landmarks and not given.clips:
+        given.protocols = "knn"
+    return given, settings
 
 
 def evaluate(given: argparse.Namespace, settings: list[str]) -> int:
     from massl_ray.evaluation.protocols import check_labels, check_neighbours, read_protocols  # late: torch takes seconds to import
 
-    names = read_protocols(given.protocols)
+    names = [] if given.protocols is None else read_protocols(given.protocols)
     from massl_ray.evaluation.asked import read_config
+    from massl_ray.evaluation.clips import open_clips
+    from massl_ray.evaluation.landmarks import open_landmarks
+    from massl_ray.evaluation.measuring import Measurer
     from massl_ray.reporting.tables import print_tables
 
     config, asked = read_config(given.what, settings)
-    sets = [open_data(source, config, asked, given) for source in given.transfer or [config.data.source]]
+    sets = open_sets(given, config, asked) if names else []
     for data in sets:
         check_labels(names, data.train, data.test)
         check_neighbours(names, given.ks, data.train)
+    todo = [partial(Measurer.on_sides, data=data, names=names) for data in sets]
+    if given.landmarks:
+        todo.append(partial(Measurer.on_landmarks, name=names_of([given.landmarks])[0], landmarks=open_landmarks(given.landmarks)))
+    if given.clips:
+        size = config.views.global_size if "global_size" in asked.get("views", {}) else None
+        todo.append(partial(Measurer.on_clips, name=names_of([given.clips])[0], clips=open_clips(given.clips), size=size))
     subjects = [open_what(what, given.backbone, config, asked) for what in given.what]
-    options = {"ks": given.ks, "temperature": config.eval.knn_temp, "seed": given.seed}
     runs = [subject.facts["run"] for subject in subjects if "run" in subject.facts]
     records: list[dict[str, Any]] = []
     written: list[str] = []
     with ExitStack() as stack:
-        compute = _compute(config, stack)
-        for data in sets:
+        measurer = _measurer(given, config, stack)
+        for measure in todo:
             for subject in subjects:
-                records.append(measure(subject, data, names, options, config, compute, given.fresh))
+                records.append(measure(measurer, subject))
                 written += keep(records[-1], runs, given.out)
     if given.out is None:
         for run in dict.fromkeys(runs):
@@ -125,12 +140,28 @@ def evaluate(given: argparse.Namespace, settings: list[str]) -> int:
     return 0
 
 
-def open_data(source: str, config: Config, asked: dict[str, Any], given: argparse.Namespace) -> Data:
+def open_sets(given: argparse.Namespace, config: Config, asked: dict[str, Any]) -> "list[Sides]":
+    """Train and test images of each data set that is asked for. Raises UserError."""
+    from massl_ray.evaluation.measuring import Sides
     from massl_ray.evaluation.sides import open_sides
 
-    test = None if given.transfer else config.data.test_source
+    sources = given.transfer or [config.data.source]
+    tests = given.test or [None if given.transfer else config.data.test_source] * len(sources)
     limit = config.eval.max_images if "max_images" in asked.get("eval", {}) else None
-    return Data(os.path.basename(source.rstrip("/")) or source, *open_sides(source, test, config.data.cache_gb, limit))
+    return [
+        Sides(name, *open_sides(source, None if test == HOLD_OUT else test, config.data.cache_gb, limit))
+        for name, source, test in zip(names_of(sources), sources, tests, strict=True)
+    ]
+
+
+def names_of(sources: Sequence[str]) -> list[str]:
+    """Their last parts, and as many before them as tell them apart."""
+    parts = [source.rstrip("/").split("/") for source in sources]
+    for depth in range(1, max(map(len, parts)) + 1):
+        names = ["/".join(part[-depth:]) or source for part, source in zip(parts, sources, strict=True)]
+        if len(set(names)) == len(set(sources)):
+            return names
+    return list(sources)
 
 
 def open_what(what: str, backbone: str | None, config: Config, asked: dict[str, Any]) -> "Subject":
@@ -151,41 +182,6 @@ def open_what(what: str, backbone: str | None, config: Config, asked: dict[str, 
         precision=over("train", "precision"),
         config=config,
     )
-
-
-def measure(
-    subject: "Subject",
-    data: Data,
-    names: Sequence[str],
-    options: dict[str, Any],
-    config: Config,
-    compute: "Compute",
-    fresh: bool,
-) -> dict[str, Any]:
-    """A record of all protocols for one subject on one data set. Raises UserError."""
-    from massl_ray.evaluation.protocols import run_protocol
-    from massl_ray.evaluation.records import data_facts, to_record
-    from massl_ray.evaluation.split_features import split_features
-    from massl_ray.reporting.progress import counted
-
-    splits, bad = [], []
-    for images in (data.train, data.test):
-        say(f"{subject.name}: features of {len(images):,} images of {images.root}")
-        split, unreadable = split_features(subject, images, config.data, compute, counted=counted, fresh=fresh)
-        splits.append(split)
-        bad += unreadable
-        if len(unreadable) > config.data.max_skipped * len(images):
-            raise UserError(
-                f"{len(unreadable):,} of {len(images):,} images of {images.root} cannot be read, more than data.max_skipped "
-                f"{config.data.max_skipped:g} allows (first: {unreadable[0]}). Mend or remove them, or raise data.max_skipped."
-            )
-    if bad:
-        say(f"{len(bad):,} images cannot be read and are left out, the first {bad[0]}")
-    results = []
-    for name in names:
-        say(f"{subject.name}: {name}")
-        results.append(run_protocol(name, splits[0], splits[1], options))
-    return to_record(subject, data_facts(data.name, data.train, data.test, bad), results)
 
 
 def keep(record: dict[str, Any], runs: Sequence[str], out: str | None) -> list[str]:
@@ -217,22 +213,29 @@ def say(text: str) -> None:
     print(in_a_line(text), file=sys.stderr)
 
 
-def _compute(config: Config, stack: ExitStack) -> "Compute":
-    """Over the cluster that RAY_ADDRESS names; on this machine where it names none."""
+def _measurer(given: argparse.Namespace, config: Config, stack: ExitStack) -> "Measurer":
+    """Features are computed over the cluster that RAY_ADDRESS names; on this machine where it names none."""
+    import torch
+
+    from massl_ray.evaluation.measuring import Measurer
+    from massl_ray.evaluation.split_features import here
+    from massl_ray.reporting.progress import counted
+
+    wanted = config.train.device
+    has_gpu = torch.cuda.is_available()
+    device = torch.device("cuda" if wanted != "cpu" and has_gpu else "cpu")
     if os.environ.get("RAY_ADDRESS"):
         from massl_ray.on_ray.cluster import cluster
         from massl_ray.on_ray.features import over_cluster
 
         stack.enter_context(cluster())
-        return over_cluster
-    import torch
-
-    from massl_ray.evaluation.split_features import here
-
-    wanted = config.train.device
-    if wanted == "cuda" and not torch.cuda.is_available():
+        compute = over_cluster
+    elif wanted == "cuda" and not has_gpu:
         raise UserError("train.device is cuda, but there is no GPU here: leave it out.")
-    return here(torch.device("cuda" if wanted != "cpu" and torch.cuda.is_available() else "cpu"))
+    else:
+        compute = here(device)
+    options = {"ks": given.ks, "temperature": config.eval.knn_temp, "augment": given.augment, "seed": given.seed}
+    return Measurer(config, compute, device, options, say, counted, given.fresh)
 
 
 def _numbers(text: str) -> list[int]:

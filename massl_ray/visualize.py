@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from massl_ray.data.decode import Decoding
     from massl_ray.data.listing import Listing
     from massl_ray.evaluation.subjects import Subject
+    from massl_ray.reporting.album import Album
     from massl_ray.reporting.gallery import Gallery, Photos
 
 KINDS = ("attention", "pca", "correspondence", "neighbours", "map")
@@ -33,13 +34,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="massl-ray visualize",
-        description="Draw what features see, into PNG files and one visualize.html: attention of the last block, principal "
-        "components of patches, correspondences, nearest neighbours, a map. Several models are shown for the same images. Settings "
-        "of the data section are given as to massl-ray train.",
+        description="Draw what features see: attention of the last block, principal components of patches, correspondences, "
+        "nearest neighbours, a map. Several models are shown for the same images. PNG files and one page: report.html of the run "
+        "that is named first, or visualize.html in --out. Settings of the data section are given as to massl-ray train.",
         allow_abbrev=False,
     )
     parser.add_argument("what", nargs="+", metavar="WHAT", help="as for massl-ray evaluate: a run, a checkpoint, a timm name, ...")
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the files")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="folder for the files [eval/pictures of the run named first]")
     parser.add_argument("--data.source", dest="source", metavar="SOURCE", help="images, any source that massl-ray train takes")
     parser.add_argument("--kinds", default=",".join(KINDS), metavar="KIND,...", help=f"some of {', '.join(KINDS)} [all]")
     parser.add_argument("--images", type=int, default=6, metavar="N", help="evenly spaced images of the source to show [6]")
@@ -55,21 +56,31 @@ def _parser() -> argparse.ArgumentParser:
 def _visualize(arguments: argparse.Namespace, flags: Sequence[str]) -> int:
     kinds = [kind.strip() for kind in arguments.kinds.split(",")]
     _check(arguments, kinds)
+    run = None if arguments.out else _run(arguments.what[0])
     from massl_ray.config import read_flags, validate  # late: a mistake above is answered at once
+    from massl_ray.reporting.album import FOLDER
+    from massl_ray.storage import Folder
 
     given = read_flags([*flags, *(["--data.source", arguments.source] if arguments.source else [])])
     if other := [section for section in given if section != "data"]:
         raise UserError(f"massl-ray visualize takes settings of the data section alone, not of {other[0]}.")
     config = validate(given)
+    folder = Folder(run / FOLDER if run else arguments.out)
+    folder.check_writable()
     listing = _listing(arguments, config) if arguments.source else None
     subjects = _opened(arguments, config)
     photos = _photos(arguments, config, listing)
-    try:
-        arguments.out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--out {arguments.out} cannot be made: {error.strerror}.") from None
-    _draw(arguments, kinds, subjects, photos, listing, config)
+    _keep(_draw(arguments, kinds, subjects, photos, listing, config), folder.path, run)
     return 0
+
+
+def _run(what: str) -> Path:
+    from massl_ray.storage import Folder
+
+    folder = Folder(what)
+    if not folder.is_local or not (folder.path / "config.toml").is_file():
+        raise UserError(f"Say with --out DIR where pictures go: {what} is no run directory on this machine, whose report has them.")
+    return folder.path
 
 
 def _check(arguments: argparse.Namespace, kinds: Sequence[str]) -> None:
@@ -158,11 +169,11 @@ def _draw(
     photos: "Photos",
     listing: "Listing | None",
     config: "Config",
-) -> None:
+) -> "Album":
     from massl_ray.data.decode import Decoding
     from massl_ray.reporting.gallery import Gallery, draw_attention, draw_comparison, draw_correspondences, draw_pca, slugs
 
-    gallery = Gallery(arguments.out, photos, arguments.size, arguments.foreground)
+    gallery = Gallery(photos, arguments.size, arguments.foreground)
     names = slugs([subject.name for subject in subjects])
     if len(subjects) > 1 and {"attention", "pca"} & set(kinds):
         draw_comparison(gallery, subjects)
@@ -175,10 +186,27 @@ def _draw(
             draw_correspondences(gallery, subject, slug)
         if listing is not None and set(kinds) & set(OF_A_SOURCE):
             _around(arguments, kinds, gallery, subject, slug, listing, replace(Decoding.of(config.data), channels=subject.channels))
-    for picture in gallery.pictures:
-        if picture.png:
-            print(arguments.out / picture.name)
-    print(gallery.write())
+    return gallery.album
+
+
+def _keep(album: "Album", folder: Path, run: Path | None) -> None:
+    """Into a folder: that of a run, whose report shows it, or one with a page of its own. Prints where the files are."""
+    from massl_ray.report import write
+    from massl_ray.reporting.album import write_album, write_pictures
+    from massl_ray.reporting.html import album_html, page
+    from massl_ray.training.run import write_atomically
+
+    try:
+        if run:
+            paths = write_album(folder, album)
+        else:
+            paths = [*write_pictures(folder, album), folder / "visualize.html"]
+            write_atomically(paths[-1], page("visualize", ["<h1>What the features see</h1>", album_html(album)]))
+    except OSError as error:
+        why = error.strerror or error
+        raise UserError(f"{folder} cannot be written to ({why}). Choose another place with --out DIR.") from None
+    for path in [*paths, *([write(run)] if run else [])]:
+        print(path)
 
 
 def _around(
@@ -194,7 +222,7 @@ def _around(
 
     around = look_around(subject, listing, how)
     if "neighbours" in kinds:
-        draw_neighbours(gallery, subject, slug, around, how)
+        draw_neighbours(gallery, subject, slug, around, how, queries=arguments.images)
     if "map" in kinds:
         draw_landscape(gallery, subject, slug, around, thumbnails=arguments.thumbnails)
 

@@ -92,8 +92,11 @@ def metrics_line(step: int, **changes) -> dict:
         "student_entropy": 3.0,
         "agreement": 0.5,
         "koleo": 0.0,
+        "alignment": 0.5,
         "embedding_std": 0.8,
         "effective_rank": 7.0,
+        "uniformity": -2.5,
+        "memory_usage": 0.9,
         "grad_norm": 1.0,
         "kl": 1.0,
         "world_size": 1,
@@ -102,6 +105,11 @@ def metrics_line(step: int, **changes) -> dict:
         "data_wait": 0.25,
     }
     return line | changes
+
+
+def older_line(step: int) -> dict:
+    """Of a run begun before some metrics were made."""
+    return {key: value for key, value in metrics_line(step).items() if key not in ("alignment", "uniformity", "memory_usage")}
 
 
 @contextmanager

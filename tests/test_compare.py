@@ -9,7 +9,7 @@ import pytest
 from massl_ray import compare
 from massl_ray.config import load, to_toml
 from massl_ray.reporting.comparison import cautions, curve, distinct_names, figures, knn_curve, read_runs, settings_table
-from tests.helpers import metrics_line
+from tests.helpers import metrics_line, older_line
 from tests.images import TINY
 from tests.test_html import Page
 
@@ -65,7 +65,7 @@ def test_page_and_console_and_json(tmp_path, capsys):
     assert "a/<b>run" in printed and "c/<b>run" in printed and "d knn top1" in printed and printed.endswith("page.html\n")
     assert "0.900 [0.800, 1.000]" in printed
     page = Page(out)
-    assert "a/<b>run" in page.texts and [tag for tag, _ in page.tags].count("img") == 5
+    assert "a/<b>run" in page.texts and [tag for tag, _ in page.tags].count("img") == 8
     assert not [tag for tag, _ in page.tags if tag == "b"]
     assert all((attributes.get("src") or "data:").startswith("data:") for _, attributes in page.tags)
     assert compare.main([*map(str, runs), "--json"]) == 0
@@ -96,6 +96,18 @@ def test_missing_files_are_gaps_not_errors(tmp_path, capsys):
     old = make_run(tmp_path / "old", 1)
     (old / "metrics.jsonl").write_text(json.dumps({"step": 1, "images_seen": 8, "loss": float("nan")}) + "\n")
     assert compare.main([str(old), str(cut), "--out", str(out)]) == 0
+
+
+def test_a_run_of_an_older_version(tmp_path, capsys):
+    new, old = make_run(tmp_path / "new"), make_run(tmp_path / "old")
+    (old / "metrics.jsonl").write_text("".join(json.dumps(older_line(step)) + "\n" for step in range(1, 7)))
+    first, second = map(figures, read_runs([new, old]))
+    for name, value in (("alignment", "0.500"), ("uniformity", "-2.500"), ("use of the memory", "0.900")):
+        assert (first[f"{name}, last"], second[f"{name}, last"]) == (value, "-")
+    for runs, charts in (([new, old], 8), ([old, new], 8), ([old, old], 5)):
+        assert compare.main([*map(str, runs), "--out", str(tmp_path / "page.html")]) == 0
+        assert [tag for tag, _ in Page(tmp_path / "page.html").tags].count("img") == charts
+        assert ("uniformity, last" in capsys.readouterr().out) == (new in runs)
 
 
 def test_what_is_no_run_is_a_sentence(tmp_path, capsys):

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from massl_ray.evaluation.correspondence import (
+    any_two_px,
     centres,
-    chance_px,
     correspondences,
     errors_px,
     in_image,
@@ -67,11 +67,15 @@ def test_errors_are_small_for_tokens_that_know_their_place_and_large_for_others(
         angles = in_image(centres((8, 8)), view) / 200 * np.pi
         known.append(np.concatenate([np.cos(angles), np.sin(angles)], 1).reshape(8, 8, 4))
     good = errors_px(correspondences(*known), pair)
-    patch, chance = patch_px((8, 8), pair), chance_px((8, 8), pair)
+    random = any_two_px((8, 8), pair)
+    patch, chance = patch_px((8, 8), pair), random.mean()
+    assert random.shape == (64, 64)
+    starts, ends = (in_image(centres((8, 8)), view) for view in pair.views)
+    assert random[3, 50] == pytest.approx(np.hypot(*(starts[3] - ends[50])))
     assert 10 < patch < 26 and 40 < chance < 140
     assert np.median(good) < 0.75 * patch
-    random = np.random.default_rng(0)
-    bad = errors_px(correspondences(random.normal(size=(8, 8, 4)), random.normal(size=(8, 8, 4))), pair)
+    draws = np.random.default_rng(0)
+    bad = errors_px(correspondences(draws.normal(size=(8, 8, 4)), draws.normal(size=(8, 8, 4))), pair)
     assert np.median(bad) > 2 * patch
 
 

@@ -1,16 +1,22 @@
 """massl-ray evaluate: one command, a table of figures with intervals, records, and a sentence for every mistake."""
 
 import json
+from itertools import product
 
+import cv2
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from massl_ray import evaluate
 from massl_ray.config import keys, load, to_toml
 from massl_ray.data.listing import Listing
 from massl_ray.data.sources import hold_out, open_source
+from massl_ray.evaluation.corruptions import CORRUPTIONS
 from massl_ray.evaluation.features import backbone_features, pixel_features
 from massl_ray.evaluation.knn import knn_accuracy
+from massl_ray.evaluation.protocols import PROTOCOLS
 from massl_ray.method.network import build_encoder
 from massl_ray.training.checkpoint import write_checkpoint
 from massl_ray.training.run import write_atomically
@@ -122,6 +128,100 @@ def test_transfer_and_test_source(run, tmp_path, capsys):
     assert (data["train_images"], data["test_images"], data["test_root"]) == (90, 60, str(other))
 
 
+def test_transfer_with_a_test_source_each(run, images, tmp_path, capsys):
+    first, second = write_images(tmp_path / "a" / "train", 60, side=20), write_images(tmp_path / "b" / "train", 90, side=20)
+    test = write_images(tmp_path / "a" / "test", 12, side=20)
+    code, out, err = call(capsys, run, "--ks", "3", "--transfer", first, second, "--test", test, "-", "--json")
+    assert code == 0, err
+    sides = [(record["data"]["name"], record["data"]["test_root"]) for record in json.loads(out)["records"]]
+    assert sides == [("a/train", str(test)), ("b/train", str(second))]
+    assert len(list((run / "eval").glob("evaluation_*"))) == 2
+    code, _, err = call(capsys, run, "--ks", "3", "--transfer", first, second, "--test", test)
+    assert code == 2 and "--test names 1 sources, and there are 2 of train images" in err
+
+
+def test_names_of_sources():
+    assert evaluate.names_of(["demo"]) == ["demo"]
+    assert evaluate.names_of(["/data/birds/", "/data/cells"]) == ["birds", "cells"]
+    assert evaluate.names_of(["s3://b/x/train", "s3://c/x/train"]) == ["b/x/train", "c/x/train"]
+    assert evaluate.names_of(["same", "same"]) == ["same", "same"]
+
+
+def test_all_protocols_in_one_table(run, capsys):
+    """But for copies. Whatever needs other views of the images gets them."""
+    code, out, err = call(capsys, run, "pixels", "--ks", "3", "--protocols", "all", "--augment", "2", "--json")
+    assert code == 0, err
+    records = json.loads(out)["records"]
+    for record in records:
+        found = record["protocols"]
+        assert list(found) == [name for name in PROTOCOLS if name != "copies"]
+        assert 0 < found["quality"]["figures"]["alignment"]["value"] < 2
+        assert found["linear"]["parameters"]["augmentation"] == "2 random crops of each image"
+        figures = {name: figure["value"] for name, figure in found["robustness"]["figures"].items()}
+        kinds = [figures[name] for name in CORRUPTIONS]
+        assert figures["corrupted"] == pytest.approx(sum(kinds) / len(kinds)) and len({*kinds}) > 1
+        assert 0.3 < figures["corrupted"] <= figures["clean"] + 0.1
+    assert "crop 2 of train images" in err and "fog of test images" in err
+
+
+def test_copies(run, tmp_path, capsys):
+    originals, altered = tmp_path / "originals", tmp_path / "altered"
+    random = np.random.default_rng(0)
+    for number in range(8):
+        colours = cv2.resize(random.integers(0, 256, (3, 3, 3), dtype=np.uint8), (32, 32), interpolation=cv2.INTER_CUBIC)
+        for folder, pixels in ((originals, colours), (altered, colours // 2 + 60)):
+            folder.mkdir(exist_ok=True)
+            Image.fromarray(pixels).save(folder / f"{number}.png")
+    names = [str(number) for number in range(8)]
+    for folder, labels in ((originals, names), (altered, ["another", *names[1:]])):
+        lines = (f"{folder.name}/{number}.png\t{label}\n" for number, label in enumerate(labels))
+        (tmp_path / f"{folder.name}.txt").write_text("".join(lines))
+    sources = ["--data.source", tmp_path / "originals.txt", "--test", tmp_path / "altered.txt"]
+    code, out, err = call(capsys, "pixels", "--protocols", "copies", *sources, "--json")
+    assert code == 0, err
+    result = json.loads(out)["records"][0]["protocols"]["copies"]
+    assert result["figures"]["recall_at_1"]["value"] == 1 and result["parameters"]["queries_without_original"] == 1
+    code, _, err = call(capsys, run, "--protocols", "copies")
+    assert code == 2 and "each original and each distractor needs a class alone" in err
+
+
+def test_landmarks_and_clips(run, tmp_path, capsys):
+    """Each a table of its own, and no other protocol unless it is asked for."""
+    random, landmarks, davis = np.random.default_rng(0), tmp_path / "roxford", tmp_path / "davis"
+    (landmarks / "jpg").mkdir(parents=True)
+    for name, level in (("q", 60), ("a", 70), ("b", 200), ("c", 90)):  # of brightness alone
+        Image.fromarray(np.full((32, 48, 3), level, np.uint8) + np.arange(48, dtype=np.uint8)[:, None]).save(
+            landmarks / f"jpg/{name}.png"
+        )
+    truth = {"imlist": ["a", "b", "c"], "qimlist": ["q"], "gnd": [{"bbx": [0, 0, 48, 32], "easy": [0], "hard": [], "junk": [1]}]}
+    (landmarks / "gnd_made.json").write_text(json.dumps(truth))
+    ground = np.array([0, 40, 200]) + random.integers(0, 40, (48, 64, 3))
+    mask = np.zeros((48, 64), np.uint8)
+    mask[16:32, 16:40] = 1
+    for frame in range(3):
+        for part, pixels in (
+            ("JPEGImages", np.where(mask[..., None], 255 - ground, ground).astype(np.uint8)),
+            ("Annotations", mask),
+        ):
+            (davis / part / "still").mkdir(parents=True, exist_ok=True)
+            Image.fromarray(pixels).save(davis / part / "still" / f"{frame:05d}.png")
+    code, out, err = call(capsys, run, "pixels", "--landmarks", landmarks, "--clips", davis, "--json")
+    assert code == 0, err
+    records = json.loads(out)["records"]
+    found = [(record["data"]["name"], record["subject"], *record["protocols"]) for record in records]
+    subjects = ("mine/step_7", "pixels")
+    names = ["revisited", "revisited", "segmentation", "segmentation"]
+    assert found == [(*pair, name) for pair, name in zip(product(("roxford", "davis"), subjects), names, strict=True)]
+    for record in records[:2]:
+        figures = record["protocols"]["revisited"]["figures"]
+        assert figures["map_easy"]["value"] == 1 and "map_hard" not in figures
+    assert records[3]["protocols"]["segmentation"]["figures"]["j"]["value"] > 0.7
+    assert len(list((run / "eval").glob("evaluation_*"))) == 4
+    code, out, _ = call(capsys, run, "--clips", davis, "--protocols", "quality", "--views.global_size", "64", "--json")
+    first, second = json.loads(out)["records"]
+    assert list(first["protocols"]) == ["quality"] and second["protocols"]["segmentation"]["parameters"]["size_px"] == 64
+
+
 def test_broken_images_are_named(run, images, capsys):
     broken = sorted(images.rglob("*.png"))[5]
     broken.write_bytes(b"no image")
@@ -139,6 +239,9 @@ def test_broken_images_are_named(run, images, capsys):
         (["--nonsense"], "There is no setting 'nonsense'"),
         (["--ks", "0"], "The flags could not be read"),
         (["--ks", "500"], "500 neighbours are asked for"),
+        (["--augment", "-1"], "--augment is -1"),
+        (["--landmarks", "IMAGES"], "has no ground-truth file"),
+        (["--clips", "IMAGES"], "Annotations"),
         (["--data.source", "IMAGES/spots"], "needs labels, and"),
         (["--data.source", "IMAGES/spots", "--test", "IMAGES"], "needs labels, and"),
         (["--test", "IMAGES/gone"], "data.test_source: there is no folder or file"),

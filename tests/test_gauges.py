@@ -79,6 +79,10 @@ def test_events_become_figures(figures):
         "workers": 3,
         "loss_nats": 3.4,
         "embedding_spread_ratio": 0.8,
+        "effective_rank_dimensions": 7.0,
+        "alignment_square_distance": 0.5,
+        "uniformity_nats": -2.5,
+        "memory_evenness_ratio": 0.9,
         "knn_top1_ratio": 0.75,
     }
 

@@ -16,7 +16,7 @@ from PIL import Image
 from massl_ray.reporting import html
 from massl_ray.reporting.html import write_report
 from massl_ray.reporting.pictures import png_bytes, save_png
-from tests.helpers import metrics_line, photograph, smooth, tiny_run
+from tests.helpers import metrics_line, older_line, photograph, smooth, tiny_run
 
 VOID = {"meta", "img", "link", "br", "hr", "input", "base"}
 
@@ -55,7 +55,7 @@ class Page(HTMLParser):
         for tag, attributes in self.tags:
             if tag == "img":
                 kind, data = str(attributes["src"]).split(";base64,")
-                assert kind in ("data:image/png", "data:image/svg+xml")
+                assert kind in ("data:image/png", "data:image/jpeg", "data:image/svg+xml")
                 found[attributes["alt"]] = base64.b64decode(data, validate=True)
         return found
 
@@ -65,6 +65,8 @@ CHARTS = [
     "k-NN accuracy",
     "Embedding spread",
     "Effective rank of the embeddings",
+    "Alignment and uniformity",
+    "Use of the memory",
     "Throughput",
     "Waiting for data",
 ]
@@ -164,9 +166,19 @@ def test_images_without_classes(run_dir, tmp_path):
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_a_run_that_ended_in_a_non_finite_loss(run_dir, value):
     broken = metrics_line(2, loss=value, grad_norm=value, kl=value, embedding_std=value, effective_rank=value)
+    broken |= {"alignment": value, "uniformity": value}
     write_lines(run_dir, *([] if value == math.inf else [metrics_line(1)]), broken)
     page = Page(write_report(run_dir))
-    assert f"{value:.3f}" in page.texts and len(page.images()) == 5
+    assert f"{value:.3f}" in page.texts and len(page.images()) == 7
+
+
+def test_a_run_of_an_older_version_and_one_that_goes_on_with_this_one(run_dir):
+    later = ["Alignment and uniformity", "Use of the memory"]
+    write_lines(run_dir, older_line(1), older_line(2))
+    assert list(Page(write_report(run_dir)).images()) == [name for name in CHARTS if name not in ["k-NN accuracy", *later]]
+    write_lines(run_dir, older_line(1), older_line(2), metrics_line(3), metrics_line(4), metrics_line(5))
+    charts = Page(write_report(run_dir)).images()
+    assert [len(polyline(charts[name], "#2457a6")) for name in ["Embedding spread", *later]] == [5, 3, 3]
 
 
 def test_all_settings_are_listed(run_dir):
@@ -197,14 +209,19 @@ def polyline(svg: bytes, colour: str) -> np.ndarray:
 
 
 def test_curves_have_the_shape_of_the_figures(run_dir):
-    losses, waits = [3.0, 1.0, 2.5, 0.5], [0.1, 0.9, 0.4, 0.2]
-    write_lines(
-        run_dir,
-        *(metrics_line(10 * (i + 1), loss=loss, data_wait=wait) for i, (loss, wait) in enumerate(zip(losses, waits, strict=True))),
-    )
+    losses, waits, uniformity = [3.0, 1.0, 2.5, 0.5], [0.1, 0.9, 0.4, 0.2], [-1.0, -3.0, -2.0, -3.5]
+    keys = ("loss", "data_wait", "alignment", "memory_usage", "uniformity")
+    figures = [dict(zip(keys, each, strict=True)) for each in zip(losses, waits, waits, waits, uniformity, strict=True)]
+    write_lines(run_dir, *(metrics_line(10 * (i + 1), **each) for i, each in enumerate(figures)))
     charts = Page(write_report(run_dir)).images()
-    for name, values in (("Loss and teacher entropy", losses), ("Waiting for data", waits)):
-        points = polyline(charts[name], "#2457a6")
+    for name, values, colour in (
+        ("Loss and teacher entropy", losses, "#2457a6"),
+        ("Waiting for data", waits, "#2457a6"),
+        ("Use of the memory", waits, "#2457a6"),
+        ("Alignment and uniformity", waits, "#2457a6"),
+        ("Alignment and uniformity", uniformity, "#c8641b"),
+    ):
+        points = polyline(charts[name], colour)
         assert len(points) == 4
         for axis, expected in ((0, [10, 20, 30, 40]), (1, values)):
             slope, offset = np.polyfit(expected, points[:, axis], 1)

@@ -64,7 +64,7 @@ def test_one_and_two_workers_agree(start):
     assert [event["world_size"] for event in events if event["kind"] == "started"] == [2]
     for first, second in zip(lines_of(run_one), lines_of(run_two), strict=True):
         assert first["step"] == second["step"] and (first["world_size"], second["world_size"]) == (1, 2)
-        for key in ("loss", "teacher_entropy", "embedding_std", "effective_rank"):
+        for key in ("loss", "teacher_entropy", "alignment", "embedding_std", "effective_rank", "uniformity", "memory_usage"):
             assert second[key] == pytest.approx(first[key], rel=1e-3), (first["step"], key)
     hashes = {read_manifest(list_checkpoints(run.checkpoints)[-1])["state_sha256"] for run in (run_one, run_two)}
     assert len(hashes) == 1

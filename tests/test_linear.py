@@ -7,6 +7,8 @@ from sklearn.linear_model import LogisticRegression
 from torch.nn.functional import cross_entropy
 
 from massl_ray.errors import UserError
+from massl_ray.evaluation.alterations import RandomCrop
+from massl_ray.evaluation.draws import Purpose, keyed
 from massl_ray.evaluation.linear import RATES, Heads, Schedule, _scores, fit_heads, held_out, linear
 from massl_ray.evaluation.results import Split
 from tests.splits import clouds
@@ -28,7 +30,7 @@ def test_steps_are_those_of_a_plain_optimizer():
     """Two heads in two steps against torch.optim.SGD and autograd, one head after the other."""
     split = clouds(40, classes=3)
     rows, labels = torch.from_numpy(split.vectors), torch.from_numpy(split.labels)
-    heads = fit_heads(rows, labels, [0.3, 0.05], 3, Schedule(epochs=2, batch=40, min_steps=2), seed=0)
+    heads = fit_heads(rows[None], labels, [0.3, 0.05], 3, Schedule(epochs=2, batch=40, min_steps=2), seed=0)
     x = (rows - rows.mean(0)) / rows.std(0, correction=0)
     for head, rate in enumerate((0.3, 0.05)):
         plain = torch.nn.Linear(16, 3)
@@ -99,3 +101,36 @@ def test_refused():
         linear(clouds(4), clouds(20, seed=1))
     with pytest.raises(UserError, match="learning rates must be over 0"):
         linear(clouds(20), clouds(20), rates=(0.0,))
+
+
+def test_random_crops_are_trained_on_instead_of_centred_views():
+    """Centred views of train tell nothing of the classes; crops do, each of them a little."""
+    train, test = clouds(400, apart=0.8), clouds(200, apart=0.8, seed=1)
+    plain = linear(train, test, epochs=20).figures["top1"].value
+    random = np.random.default_rng(5)
+    blank = Split(random.normal(size=train.vectors.shape).astype(np.float32), train.labels, train.classes)
+    asked = []
+
+    def views_of(side, alteration):
+        asked.append((side, alteration))
+        noise = np.random.default_rng(alteration.number).normal(size=train.vectors.shape)
+        return Split((train.vectors + noise).astype(np.float32), train.labels, train.classes)
+
+    result = linear(blank, test, epochs=20, augment=3, views_of=views_of, seed=7)
+    assert asked == [("train", RandomCrop(number, 7)) for number in range(3)]
+    assert result.figures["top1"].value > plain - 0.1 > linear(blank, test, epochs=20).figures["top1"].value + 0.2
+    assert result.parameters["augmentation"] == "3 random crops of each image"
+
+
+def test_an_epoch_takes_any_one_view_of_each_image():
+    """One step on all images: the gradient is of the views that were drawn, each image's own."""
+    rows = torch.from_numpy(np.random.default_rng(0).normal(size=(3, 50, 4)).astype(np.float32))
+    labels = torch.arange(50) % 2
+    heads = fit_heads(rows, labels, [0.1], 2, Schedule(epochs=1, batch=50, min_steps=1), seed=2)
+    random = keyed(Purpose.EPOCH, 2, 0)
+    random.permutation(50)
+    view = random.integers(3, size=50)
+    assert {*view} == {0, 1, 2}
+    chosen = ((rows - rows.mean((0, 1))) / rows.std((0, 1), correction=0))[torch.from_numpy(view), torch.arange(50)]
+    truth = torch.nn.functional.one_hot(labels, 2).float()
+    torch.testing.assert_close(heads.weight[:, 0], 0.1 * chosen.T @ (truth - 0.5) / 50, atol=1e-6, rtol=1e-5)

@@ -40,6 +40,13 @@ def test_what_a_mask_keeps_is_as_it_was_and_has_a_line_around_it():
     assert not masked(view, np.ones((4, 4), bool)).any()
 
 
+def test_a_gray_mask_has_neither_colours_nor_a_line():
+    mask = np.zeros((4, 4), bool)
+    mask[1:3, 1:3] = True
+    made = masked(np.full((40, 40, 3), (200, 100, 0), np.uint8), mask, 40, gray=True)
+    assert (made[10:30, 10:30] == 100).all() and (made[:10] == 30).all() and made.shape == (40, 40, 3)
+
+
 def test_sheet_puts_tiles_in_rows():
     red, blue = (np.broadcast_to(np.uint8(colour), (TILE, TILE, 3)) for colour in ([255, 0, 0], [0, 0, 255]))
     made = np.asarray(sheet([[Tile(red, "a"), Tile(blue)], [None, Tile(red, frame=(0, 255, 0))]], ["row", ""], ["one", "two"]))

@@ -1,13 +1,14 @@
 """Label propagation: made clips with known masks, a plain loop, and J and F by hand."""
 
 import math
+import weakref
 
 import numpy as np
 import pytest
 import torch
 
 from massl_ray.errors import UserError
-from massl_ray.evaluation.propagation import Clip, boundary, boundary_f, jaccard, neighbourhood, propagate, segmentation
+from massl_ray.evaluation.propagation import Clip, Settings, boundary, boundary_f, jaccard, neighbourhood, propagate, segmentation
 
 PATCH = 4
 
@@ -29,12 +30,20 @@ def moving(frames: int = 6, side: int = 16, noise: float = 0.05) -> Clip:
 
 def test_squares_are_followed():
     clip = moving()
-    result = segmentation([clip], temperature=0.02)
+    result = segmentation([clip], Settings(temperature=0.02))
     assert result.figures["j"].value > 0.9 and result.figures["f"].value > 0.85
     assert result.figures["j_and_f"].value == pytest.approx((result.figures["j"].value + result.figures["f"].value) / 2)
     assert result.parameters["objects"] == 2
     still = np.broadcast_to(clip.masks[0], clip.masks.shape)
     assert np.mean([jaccard(still[t] == 1, clip.masks[t] == 1) for t in range(1, 5)]) < 0.5  # it took some following
+
+
+def test_the_first_and_the_last_frame_count_not():
+    clip = moving()
+    found = propagate(clip.features, clip.masks[0])
+    judged = [jaccard(found[t] == label, clip.masks[t] == label) for label in (1, 2) for t in range(1, 5)]
+    clip.masks[-1] = 0
+    assert segmentation([clip]).figures["j"].value == pytest.approx(np.mean(judged)) != 1
 
 
 def test_many_objects():
@@ -50,23 +59,23 @@ def test_features_that_say_nothing_follow_nothing():
     assert segmentation([Clip(noise, clip.masks)]).figures["j"].value < 0.5
 
 
-def test_agrees_with_a_plain_loop():
+@pytest.mark.parametrize(("h", "w", "reach"), [(4, 3, 1), (9, 10, 3), (10, 9, 0)])  # within a tile, and over several
+def test_agrees_with_a_plain_loop(h, w, reach):
     random = np.random.default_rng(0)
-    features, mask = random.normal(size=(5, 4, 3, 2)).astype(np.float32), random.integers(0, 3, (4, 3))
-    mask[0] = [0, 1, 2]
-    found = propagate(features, mask, nearest=4, temperature=0.3, reach=1, context=2)
+    features, mask = random.normal(size=(5, h, w, 2)).astype(np.float32), random.integers(0, 3, (h, w))
+    mask[0, :3] = [0, 1, 2]
+    found = propagate(features, mask, Settings(nearest=4, temperature=0.3, reach=reach, context=2))
     unit = features / np.linalg.norm(features, axis=3, keepdims=True)
-    soft = [np.eye(3)[mask]]
+    soft, far = [np.eye(3)[mask]], reach or max(h, w)
     for frame in range(1, 5):
-        carried = np.zeros((4, 3, 3))
-        for y in range(4):
-            for x in range(3):
+        carried = np.zeros((h, w, 3))
+        for y in range(h):
+            for x in range(w):
                 candidates = [
                     (math.exp(float(unit[frame, y, x] @ unit[source, b, a]) / 0.3), soft[source][b, a])
                     for source in {0} | {s for s in (frame - 1, frame - 2) if s >= 1}
-                    for b in range(4)
-                    for a in range(3)
-                    if abs(b - y) <= 1 and abs(a - x) <= 1
+                    for b in range(max(0, y - far), min(h, y + far + 1))
+                    for a in range(max(0, x - far), min(w, x + far + 1))
                 ]
                 best = sorted(candidates, key=lambda pair: -pair[0])[:4]
                 carried[y, x] = sum(weight * label for weight, label in best) / sum(weight for weight, _ in best)
@@ -75,11 +84,28 @@ def test_agrees_with_a_plain_loop():
         assert (found[frame] == ((carried - low) / np.maximum(high - low, 1e-12)).argmax(axis=2)).all()
 
 
+def test_frames_are_taken_one_by_one():
+    """So that those of a long clip need not all be in memory."""
+    clip, settings = moving(12), Settings(context=2)
+    alive: list[weakref.ref] = []
+    most = 0
+
+    def frames():
+        nonlocal most
+        for frame in clip.features:
+            rows = torch.from_numpy(frame).clone()
+            alive.append(weakref.ref(rows))
+            most = max(most, sum(ref() is not None for ref in alive))
+            yield rows
+
+    assert (propagate(frames(), clip.masks[0], settings) == propagate(clip.features, clip.masks[0], settings)).all()
+    assert len(alive) == 12 and most <= 4
+
+
 def test_neighbourhood():
-    near = neighbourhood(4, 5, 1)
-    assert near[6].view(4, 5).int().tolist() == [[1, 1, 1, 0, 0], [1, 1, 1, 0, 0], [1, 1, 1, 0, 0], [0, 0, 0, 0, 0]]
-    assert neighbourhood(4, 5, 0).all() and neighbourhood(4, 5, 4).all()
-    assert torch.equal(near, near.T)
+    near = neighbourhood(torch.tensor([6, 14]), torch.arange(20), 5, 1)
+    assert near[0].view(4, 5).int().tolist() == [[1, 1, 1, 0, 0], [1, 1, 1, 0, 0], [1, 1, 1, 0, 0], [0, 0, 0, 0, 0]]
+    assert near[1].view(4, 5).int().tolist() == [[0, 0, 0, 0, 0], [0, 0, 0, 1, 1], [0, 0, 0, 1, 1], [0, 0, 0, 1, 1]]
 
 
 def square(top: int, left: int, size: int = 40, frame: int = 200) -> np.ndarray:
@@ -129,9 +155,11 @@ def near_share(ours: np.ndarray, theirs: np.ndarray, near: int) -> float:
 
 def test_refused():
     clip = moving(3)
-    with pytest.raises(UserError, match="has no object"):
-        segmentation([Clip(clip.features, clip.masks * 0)])
-    with pytest.raises(UserError, match="clip 0: needs 3 frames or more"):
-        segmentation([Clip(clip.features[:2], clip.masks[:2])])
+    with pytest.raises(UserError, match="goat: the mask of its first frame has no object"):
+        segmentation([Clip(clip.features, clip.masks * 0, "goat")])
+    with pytest.raises(UserError, match="goat: needs 3 frames or more"):
+        segmentation([Clip(clip.features[:2], clip.masks[:2], "goat")])
+    with pytest.raises(UserError, match="goat: has 3 masks and features of 2 frames"):
+        segmentation([Clip(clip.features[:2], clip.masks, "goat")])
     with pytest.raises(UserError, match="no clip was given"):
         segmentation([])

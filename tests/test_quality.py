@@ -7,6 +7,7 @@ import pytest
 from scipy.stats import skew
 
 from massl_ray.errors import UserError
+from massl_ray.evaluation.alterations import RandomCrop
 from massl_ray.evaluation.quality import quality, ranks
 from massl_ray.evaluation.results import Split
 
@@ -61,13 +62,23 @@ def test_uniformity_and_hubness_agree_with_a_loop():
     assert found["hubness"] == pytest.approx(skew(counts))
 
 
+def other(vectors: np.ndarray):
+    """Features of a random crop of each test image."""
+
+    def views_of(side, alteration):
+        assert side == "test" and alteration == RandomCrop(area=(0.32, 1.0))
+        return Split(vectors.astype(np.float32), None)
+
+    return views_of
+
+
 def test_alignment():
     vectors = normal(30, 5)
-    assert figures(vectors, pairs=vectors * 7)["alignment"] == pytest.approx(0, abs=1e-9)
-    assert figures(vectors, pairs=-vectors)["alignment"] == pytest.approx(4)
+    assert figures(vectors, views_of=other(vectors * 7))["alignment"] == pytest.approx(0, abs=1e-9)
+    assert figures(vectors, views_of=other(-vectors))["alignment"] == pytest.approx(4)
     turned = np.stack([vectors[:, 1], -vectors[:, 0], *[0 * vectors[:, 0]] * 3], axis=1)
     flat = np.concatenate([vectors[:, :2], np.zeros((30, 3))], axis=1)
-    assert figures(flat, pairs=turned)["alignment"] == pytest.approx(2)  # right angles
+    assert figures(flat, views_of=other(turned))["alignment"] == pytest.approx(2)  # right angles
     assert "alignment" not in figures(vectors)
 
 
@@ -92,7 +103,5 @@ def test_refused():
     split = Split(normal(10, 4).astype(np.float32), None)
     with pytest.raises(UserError, match="memory rows have 5 numbers and features 4"):
         quality(split, split, memory=normal(7, 5))
-    with pytest.raises(UserError, match="one for each test image"):
-        quality(split, split, pairs=normal(7, 4))
     with pytest.raises(UserError, match="3 images or more"):
         quality(split, Split(split.vectors[:2], None))

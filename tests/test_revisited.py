@@ -119,6 +119,8 @@ def test_runs_nothing_of_a_pickle(tmp_path):
         pickle.dumps(CONTENT | {"gnd": [{"easy": [3], "hard": [], "junk": []}]}),
         pickle.dumps(CONTENT | {"gnd": [{"easy": [-1], "hard": [], "junk": []}]}),
         pickle.dumps(CONTENT | {"gnd": [{"easy": [0.5], "hard": [], "junk": []}]}),
+        pickle.dumps(CONTENT | {"gnd": [CONTENT["gnd"][0] | {"bbx": [1, 2, 3]}]}),
+        pickle.dumps(CONTENT | {"gnd": [CONTENT["gnd"][0] | {"bbx": [1, 2, 3, np.nan]}]}),
         pickle.dumps(arrays("int64"))[:-9],
         pickle.dumps(np.array([{}], dtype=object)),
     ],

@@ -1,102 +1,49 @@
-"""Corruptions: keyed, stronger by severity, and each does what it says."""
+"""Robustness: the linear probe under corruptions, figures by kind and severity."""
 
-import cv2
 import numpy as np
 import pytest
 
-from massl_ray.errors import UserError
-from massl_ray.evaluation.robustness import CORRUPTIONS, corrupt, robust_accuracy
+from massl_ray.evaluation.alterations import Corrupted
+from massl_ray.evaluation.corruptions import CORRUPTIONS
+from massl_ray.evaluation.linear import linear
+from massl_ray.evaluation.results import Split
+from massl_ray.evaluation.robustness import robustness, under_corruptions
+from tests.splits import clouds
 
 
-def picture(side: int = 96, channels: int = 3) -> np.ndarray:
-    """Smooth ramps and sharp bars."""
-    across = np.linspace(20, 220, side)
-    image = np.stack([across[:, None] + 0 * across, across[None] + 0 * across[:, None], 240 - across[:, None] + 0 * across], axis=2)
-    image[side // 4 : side // 2, :: side // 8] = 250
-    return np.resize(image, (side, side, 3))[..., :channels].astype(np.uint8)
-
-
-IMAGE = picture()
-
-
-def distance(image: np.ndarray, other: np.ndarray) -> float:
-    return float(np.sqrt(((image.astype(float) - other) ** 2).mean()))
-
-
-@pytest.mark.parametrize("name", CORRUPTIONS)
-def test_keyed_and_stronger_by_severity(name):
-    before = IMAGE.copy()
-    found = [corrupt(IMAGE, name, severity) for severity in range(1, 6)]
-    assert (IMAGE == before).all()
-    assert all(image.shape == IMAGE.shape and image.dtype == np.uint8 for image in found)
-    strengths = [distance(IMAGE, image) for image in found]
-    assert strengths[0] > 1 and strengths[4] > strengths[0]
-    if name not in ("fog", "pixelate"):  # fog has more thickness or finer clouds, blocks fall anyhow on bars
-        assert (np.diff(strengths) > 0).all(), strengths
-    assert (corrupt(IMAGE, name, 3) == found[2]).all()
-    drawn = name in ("gaussian_noise", "shot_noise", "impulse_noise", "motion_blur", "fog")
-    for changed in ({"seed": 1}, {"sample": 1}):
-        assert (corrupt(IMAGE, name, 3, **changed) != found[2]).any() == drawn
-
-
-@pytest.mark.parametrize("name", CORRUPTIONS)
-def test_any_number_of_channels_and_any_size(name):
-    for channels in (1, 3, 5):
-        image = np.resize(IMAGE, (40, 61, channels))
-        assert corrupt(image, name, 5).shape == (40, 61, channels)
-    black = np.zeros((20, 20, 3), np.uint8)
-    assert corrupt(black, name, 1).shape == black.shape
-
-
-def test_noise_has_its_spread():
-    gray = np.full((200, 200, 3), 128, np.uint8)
-    assert distance(corrupt(gray, "gaussian_noise", 1), 128) == pytest.approx(0.08 * 255, rel=0.02)
-    assert distance(corrupt(gray, "shot_noise", 1), 128) == pytest.approx(np.sqrt(128 / 255 / 60) * 255, rel=0.02)
-    noisy = corrupt(gray, "impulse_noise", 4)
-    assert (noisy == 0).mean() == pytest.approx(0.085, abs=0.004) and (noisy == 255).mean() == pytest.approx(0.085, abs=0.004)
-
-
-def test_blurs_keep_the_mean_and_spread_a_point():
-    point = np.zeros((224, 224, 1), np.uint8)
-    point[108:117, 108:117] = 255
-    for name in ("defocus_blur", "motion_blur"):
-        blurred = corrupt(point, name, 3)
-        assert blurred.mean() == pytest.approx(point.mean(), rel=0.05)
-        assert (blurred > 2).sum() > (point > 2).sum() * 1.5
-    far = np.argwhere(corrupt(point, "defocus_blur", 2) > 0)
-    assert np.abs(far[:, :2] - 112).max() == pytest.approx(4 + 4, abs=1)  # half the square and the radius
-
-
-def test_contrast_and_brightness_by_hand():
-    half = np.zeros((10, 10, 3), np.uint8)
-    half[:5] = [100, 50, 0]
-    lighter = corrupt(half, "brightness", 2)  # value + 0.2: 100 becomes 151, the others in proportion
-    assert lighter[0, 0].tolist() == [151, 76, 0] and lighter[9, 9].tolist() == [51, 51, 51]
-    paler = corrupt(half, "contrast", 3)
-    assert paler[0, 0].tolist() == [60, 30, 0] and paler[9, 9].tolist() == [40, 20, 0]  # means 50, 25, 0, a fifth kept
-
-
-def test_pixels_are_those_of_a_smaller_image():
-    small = cv2.resize(IMAGE, (24, 24), interpolation=cv2.INTER_AREA)
-    assert np.abs(corrupt(IMAGE, "pixelate", 5).astype(int) - small.repeat(4, 0).repeat(4, 1)).max() <= 1
-
-
-def test_accuracy_by_kind_and_severity():
-    images = [np.full((16, 16, 3), level, np.uint8) for level in (40, 60, 180, 200)]
-    labels = np.array([0, 0, 1, 1])
-
-    def predict(batch):
-        return np.array([image.mean() > 128 for image in batch]).astype(int)
-
-    result = robust_accuracy(predict, images, labels, names=("brightness", "contrast"), severities=(1, 5))
+def test_figures_by_kind_and_severity():
+    right = {
+        ("brightness", 1): np.array([1, 1, 1, 1], bool),
+        ("brightness", 5): np.array([0, 0, 1, 1], bool),
+        ("contrast", 1): np.array([1, 1, 1, 1], bool),
+        ("contrast", 5): np.array([1, 1, 1, 1], bool),
+    }
+    result = under_corruptions(np.ones(4, bool), right)
     figures = {name: figure.value for name, figure in result.figures.items()}
-    # half brighter: 40 and 60 become 168 and 188, called 1; contrast keeps a plain image as it is
     assert figures == {"corrupted": 0.875, "clean": 1, "severity_1": 1, "severity_5": 0.75, "brightness": 0.75, "contrast": 1}
     assert result.parameters["test_images"] == 4 and result.figures["corrupted"].low < 0.875
+    assert result.parameters["severities"] == [1, 5] and list(result.parameters["corruptions"]) == ["brightness", "contrast"]
 
 
-def test_unknown_ones_are_refused():
-    with pytest.raises(UserError, match="got snow at 1"):
-        corrupt(IMAGE, "snow", 1)
-    with pytest.raises(UserError, match="got fog at 6"):
-        corrupt(IMAGE, "fog", 6)
+def test_the_probe_of_clean_images_under_each_corruption():
+    train, test = clouds(300, apart=0.6), clouds(120, apart=0.6, seed=1)
+    asked = []
+
+    def views_of(side: str, alteration: Corrupted) -> Split:
+        asked.append((side, alteration))
+        if alteration.kind == "fog":  # every image looks like the first one
+            return Split(np.repeat(test.vectors[:1], len(test), axis=0), test.labels, test.classes)
+        if alteration.severity == 5:  # nothing is left
+            return Split(np.zeros_like(test.vectors), test.labels, test.classes)
+        return test
+
+    result = robustness(train, test, views_of=views_of, seed=3)
+    figures = {name: figure.value for name, figure in result.figures.items()}
+    clean = linear(train, test, seed=3).figures["top1"].value
+    assert 0.6 < clean < 1 and figures["clean"] == clean
+    first = (test.labels == test.labels[0]).mean()  # the first image is seen rightly
+    assert figures["fog"] == pytest.approx(first, abs=1e-6)
+    assert figures["severity_2"] == pytest.approx((9 * clean + first) / 10, abs=1e-6)
+    assert figures["severity_5"] < 0.5 < figures["severity_4"]
+    assert asked == [("test", Corrupted(kind, severity, 3)) for kind in CORRUPTIONS for severity in range(1, 6)]
+    assert result.parameters["classifier"]["train_images"] == 300

@@ -389,7 +389,7 @@ def test_writing_replaces_whole_files_and_leaves_nothing_beside(tmp_path):
     assert json.loads(path.read_text()) == {"a": 1, "b": [None, 0.5]}
     with pytest.raises(TypeError):
         write_json(path, object())
-    with mock.patch.object(Path, "write_text", side_effect=OSError("disk full")), pytest.raises(OSError, match="disk full"):
+    with mock.patch.object(Path, "write_bytes", side_effect=OSError("disk full")), pytest.raises(OSError, match="disk full"):
         write_atomically(path, "half of it")
     assert json.loads(path.read_text()) == {"a": 1, "b": [None, 0.5]}
     assert list(tmp_path.iterdir()) == [path]

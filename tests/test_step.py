@@ -9,12 +9,13 @@ import timm
 import torch
 
 from massl_ray.config import HeadSection
+from massl_ray.method.collapse import alignment, memory_usage, signs_of_collapse
 from massl_ray.method.memory import Memory
 from massl_ray.method.network import Encoder, Head
 from massl_ray.method.optim import build_optimizer
 from massl_ray.method.readout import readout_loss
 from massl_ray.method.schedules import Schedule
-from massl_ray.method.step import METRICS, Batch, MicroBatch, State, StepSettings, embedding_spread, prepare_views, train_step
+from massl_ray.method.step import METRICS, Batch, MicroBatch, State, StepSettings, prepare_views, train_step
 from massl_ray.training.collectives import Local
 
 TRAJECTORY = Path(__file__).parents[2] / "shared" / "golden" / "trajectory.npz"
@@ -107,6 +108,22 @@ def test_the_batch_is_written_after_it_is_compared():
     torch.testing.assert_close(state.memory.rows[4:], before[4:])
 
 
+@pytest.mark.parametrize("size", [8, 4, 2])
+def test_signs_of_collapse_are_of_the_teacher_and_of_the_memory_before(size):
+    state, batch = run(8, steps=2), replace(cut(8, size, 2), permutation=torch.arange(64).roll(-8))
+    with torch.no_grad():
+        first, second = state.teacher(prepare_views(cut(8, 8, 2).micro_batches[0], SETTINGS)[:1]).chunk(2)
+    state.memory.rows[:8], state.memory.rows[8:10] = second, second[:2]  # outside of the first block each finds itself
+    before = state.memory.rows.clone()
+    expected = torch.cat([alignment(first, second).unsqueeze(0), signs_of_collapse(second, before[8:24])])
+    metrics = train_step(state, batch, Schedule(0, 1e-3, 0.04, 0.9, 0.04), SETTINGS, Local())
+    names = ("alignment", "embedding_std", "effective_rank", "uniformity", "memory_usage")
+    found = torch.stack([metrics[METRICS.index(name)] for name in names])
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-9)
+    others = [memory_usage(second, rows) for rows in (state.memory.rows[8:24], before, before[:16])]
+    assert found[-1] < 0.9 and torch.stack(others).tolist() == pytest.approx([1, 1, 1]), "the test tells them apart"
+
+
 def test_the_gather_hides_behind_the_student():
     """It starts when the teacher is done and is waited for only when the memory is written, after the optimizer's step."""
     events: list[str] = []
@@ -135,12 +152,3 @@ def test_prepare_views_is_view_major_and_normalized():
             pixels = global_views[image, view].double().permute(2, 0, 1) / 255
             expected = (pixels - torch.tensor([0.1, 0.2, 0.3]).view(3, 1, 1)) / torch.tensor([0.5, 0.25, 1.0]).view(3, 1, 1)
             torch.testing.assert_close(group[view * 2 + image], expected.double(), rtol=1e-6, atol=1e-6)
-
-
-def test_embedding_spread():
-    point = torch.ones(6, 4, dtype=torch.float64) / 2
-    torch.testing.assert_close(embedding_spread(point)[0], torch.zeros((), dtype=torch.float64), atol=1e-6, rtol=0)
-    both_ways = torch.cat([torch.eye(4), -torch.eye(4)]).double()
-    torch.testing.assert_close(embedding_spread(both_ways), torch.tensor([1.0, 4.0], dtype=torch.float64))
-    wide = torch.cat([torch.eye(40)[:3], -torch.eye(40)[:3]]).double()  # fewer rows than dimensions
-    torch.testing.assert_close(embedding_spread(wide), torch.tensor([1.0, 3.0], dtype=torch.float64))

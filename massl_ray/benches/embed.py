@@ -1,116 +1,100 @@
-"""`bench embed`: images to embeddings through Ray, beside the bare backbone on views that are ready, and beside one process that
-decodes and embeds in turn. The sides take turns; a stream is timed between its first batches and some before its end.
+"""`bench embed`: photographs in files to embeddings in Parquet through Ray, beside the bare backbone on views that are ready.
 
-Beside seconds it counts what all processes of a side take of the CPUs, which says more on a machine that others use, too.
+On a CPU the bare backbone is measured in one process that has all cores, and in a process a core; each round the faster counts.
+Of ours it is what a long source takes longer than a short one: beginning and end are in neither.
 """
 
+import multiprocessing
 import os
 import statistics
 import time
-from contextlib import closing
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 import torch
 
 from massl_ray.benches.measure import machine, median_ratio, synchronize
+from massl_ray.benches.photographs import write_photographs
 from massl_ray.data.decode import PLAIN
+from massl_ray.data.listing import Listing
 from massl_ray.data.sources import open_source
-from massl_ray.evaluation.embedding import Decoded, Plan, decode, embed, plan_embedding
+from massl_ray.evaluation.embedding import Decoded, Plan, begin, embed, plan_embedding
 from massl_ray.evaluation.subjects import Subject, open_subject
+from massl_ray.storage import Folder
 
-BACKBONE, SIDE = "vit_tiny_patch16_224", 96
-BATCH = {"cpu": 32, "cuda": 256}
-FILL, BATCHES, REST = 4, 16, 12  # of a stream: to fill its pipes, to time, and so that its end is not in it
+BACKBONE, PHOTOGRAPHS = "vit_small_patch16_224", 512
+BATCH = {"cpu": 8, "cuda": 128}
+SHORT, LONG, BARE = 64, 192, 24  # batches
 CORES = len(os.sched_getaffinity(0))
-
-Took = tuple[float, float]  # seconds, and seconds of CPUs
-Reading = tuple[float, dict[int, int]]
 
 
 def run(device: torch.device, rounds: int = 3, photos: str | None = None) -> dict[str, Any]:
     """Medians over `rounds`."""
     from massl_ray.on_ray.cluster import cluster
 
-    subject = open_subject(f"untrained:{BACKBONE}", size=SIDE)
-    images = open_source(photos or "demo")
-    images = images.take(np.resize(np.arange(len(images)), BATCH[device.type] * (FILL + BATCHES + REST)))
-    plan = plan_embedding(subject, images, PLAIN, "pooled", "float32", BATCH[device.type])
-    torch.set_num_threads(CORES)
-    sides: dict[str, Any] = {"model": _model, "process": _process, "ours": _through_ray}
-    seconds: dict[str, list[float]] = {name: [] for name in sides}
-    cpu: dict[str, list[float]] = {name: [] for name in sides}
-    with cluster():
-        for turn in range(rounds + 1):
-            for name, side in sides.items():
-                took = side(subject.to(device), images, plan, device)
-                if turn:
-                    seconds[name].append(took[0])
-                    cpu[name].append(took[1])
-    rates = {name: plan.batch * BATCHES / statistics.median(values) for name, values in seconds.items()}
+    subject, batch, threads = open_subject(f"untrained:{BACKBONE}"), BATCH[device.type], torch.get_num_threads()
+    seconds: dict[str, list[float]] = {"one process": [], "a process a core": [], "ours": []}  # of an image
+    with ExitStack() as stack:
+        scratch = Path(stack.enter_context(TemporaryDirectory()))
+        stack.enter_context(cluster())
+        pool = stack.enter_context(ProcessPoolExecutor(CORES, mp_context=multiprocessing.get_context("spawn")))
+        source = write_photographs(scratch / "photographs", PHOTOGRAPHS, photos)
+        for turn in range(rounds):
+            seconds["one process"].append(_bare(device, CORES))
+            if device.type == "cpu":
+                each = list(pool.map(_bare, [device] * CORES, [1] * CORES))
+                seconds["a process a core"].append(1 / sum(1 / one for one in each))
+            seconds["ours"].append(_through_ray(subject, str(source), batch, scratch / str(turn)))
+    torch.set_num_threads(threads)
+    measured = {name: values for name, values in seconds.items() if values}
+    best = [min(values) for values in zip(*(measured[name] for name in measured if name != "ours"), strict=True)]
     return {
         "name": "embed",
-        "work": f"{BACKBONE} at {SIDE} px, fp32, batches of {plan.batch}, images of {images.root}",
+        "work": f"{BACKBONE} at {subject.size} px, fp32, batches of {batch}, photographs of 500 x 375 px",
         **machine(device),
-        "images_per_s": rates["ours"],
-        "images_per_s_model": rates["model"],
-        "images_per_s_process": rates["process"],
-        "ratio": median_ratio(seconds["model"], seconds["ours"]),
-        "ratio_process": median_ratio(seconds["process"], seconds["ours"]),
-        "cpu_ms_per_image": {name: statistics.median(values) * 1000 / plan.batch / BATCHES for name, values in cpu.items()},
-        "ratio_cpu": median_ratio(cpu["model"], cpu["ours"]),
+        "ratio": median_ratio(best, measured["ours"]),
+        "images_per_s": {name: 1 / statistics.median(values) for name, values in measured.items()},
     }
 
 
-def _model(subject: Subject, images: Any, plan: Plan, device: torch.device) -> Took:
-    """The backbone alone."""
-    views = torch.zeros(plan.batch, subject.size, subject.size, subject.channels, dtype=torch.uint8, device=device)
-    ready = Decoded(np.arange(plan.batch), views.cpu().numpy(), ())
-    embed(subject, plan, ready)
-    synchronize(device)
-    started = _now()
-    for _ in range(BATCHES):
+def _bare(device: torch.device, threads: int) -> float:
+    """Seconds of an image, by the backbone alone."""
+    torch.set_num_threads(threads)
+    subject = open_subject(f"untrained:{BACKBONE}").to(device)
+    batch = BATCH[device.type]
+    views = np.zeros((batch, subject.size, subject.size, subject.channels), np.uint8)
+    plan, ready = _plan(subject, open_source("demo"), batch), Decoded(np.arange(batch), views, ())
+    for _ in range(2):
         embed(subject, plan, ready)
-    return _since(started)
+    synchronize(device)
+    started = time.perf_counter()
+    for _ in range(BARE):
+        embed(subject, plan, ready)
+    return (time.perf_counter() - started) / BARE / batch
 
 
-def _process(subject: Subject, images: Any, plan: Plan, device: torch.device) -> Took:
-    started = _now()
-    for number in range(BATCHES):
-        embed(subject, plan, decode(subject, images, PLAIN, plan.samples(number), threads=4))
-    return _since(started)
+def _through_ray(subject: Subject, source: str, batch: int, scratch: Path) -> float:
+    """Seconds of an image."""
+    short, long = (_embedded(subject, source, batch, batches, scratch / str(batches)) for batches in (SHORT, LONG))
+    return (long - short) / (LONG - SHORT) / batch
 
 
-def _through_ray(subject: Subject, images: Any, plan: Plan, device: torch.device) -> Took:
-    from massl_ray.on_ray.embed import embed_batches
+def _embedded(subject: Subject, source: str, batch: int, batches: int, folder: Path) -> float:
+    """Seconds of a whole source, embedded as `massl-ray embed` does it."""
+    from massl_ray.on_ray.embed import embed_parts
 
-    with closing(embed_batches(subject, images, plan, list(range(plan.batches)))) as stream:  # type: ignore[type-var]
-        for _ in range(FILL):
-            next(stream)
-        started = _now()
-        for _ in range(BATCHES):
-            next(stream)
-        return _since(started)
-
-
-def _since(started: Reading) -> Took:
-    now = _now()
-    ticks = sum(max(0, count - started[1].get(process, 0)) for process, count in now[1].items())
-    return now[0] - started[0], ticks / os.sysconf("SC_CLK_TCK")
+    images = open_source(source)
+    images = images.take(np.resize(np.arange(len(images)), batches * batch))
+    plan, place = _plan(subject, images, batch), Folder(str(folder))
+    started = time.perf_counter()
+    for _ in embed_parts(subject, images, place, plan, begin(place, plan)):
+        pass
+    return time.perf_counter() - started
 
 
-def _now() -> Reading:
-    """The clock, and what this process and all that it has started, and these, have taken of the CPUs, in ticks."""
-    parent, ticks = {}, {}
-    for path in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            fields = path.read_text().rpartition(")")[2].split()
-        except OSError:  # it has ended
-            continue
-        process = int(path.parent.name)
-        parent[process], ticks[process] = int(fields[1]), int(fields[11]) + int(fields[12])
-    ours = {os.getpid()}
-    while found := {process for process, above in parent.items() if above in ours} - ours:
-        ours |= found
-    return time.perf_counter(), {process: ticks.get(process, 0) for process in ours}
+def _plan(subject: Subject, images: Listing, batch: int) -> Plan:
+    return plan_embedding(subject, images, PLAIN, "pooled", "float32", batch)

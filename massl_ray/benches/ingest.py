@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from massl_ray.benches.measure import alternate, machine, median_ratio
-from massl_ray.benches.photographs import HEIGHT, WIDTH, photographs
+from massl_ray.benches.photographs import HEIGHT, WIDTH, write_photographs
 from massl_ray.config import load
 from massl_ray.data.decode import Encoded
 from massl_ray.data.listing import Listing
@@ -76,13 +76,6 @@ def run(device: torch.device, rounds: int = 5, photos: str | None = None) -> dic
         "ratio_memory": median_ratio(demo["memory"], demo["ours"]),
         "ratio_shards": median_ratio(shards["folder"], shards["ours"]),
     }
-
-
-def write_photographs(folder: Path, number: int, photos: str | None) -> Path:
-    folder.mkdir()
-    for place, data in enumerate(photographs(number, photos)):
-        (folder / f"{place:04d}.jpg").write_bytes(data)
-    return folder
 
 
 def prepared(flags: list[str], folder: Path) -> Run:

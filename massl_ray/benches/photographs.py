@@ -32,6 +32,13 @@ def photographs(number: int, folder: str | None = None) -> list[bytes]:
     return list(islice(cycle(cuts or _one_of_each(_packaged(), number)), number))
 
 
+def write_photographs(folder: Path, number: int, photos: str | None) -> Path:
+    folder.mkdir()
+    for place, data in enumerate(photographs(number, photos)):
+        (folder / f"{place:04d}.jpg").write_bytes(data)
+    return folder
+
+
 def _packaged() -> list[Path]:
     there = [package for package in PACKAGED if find_spec(package.split(".")[0])]
     return [Path(str(files(package) / name)) for package in there for name in PACKAGED[package]]

@@ -75,10 +75,11 @@ def errors_px(matches: Matches, pair: Pair) -> np.ndarray:
     return np.linalg.norm(in_image(matches.left, first) - in_image(matches.right, second), axis=1)
 
 
-def chance_px(shape: tuple[int, ...], pair: Pair) -> float:
-    """Pixels of the image between two patches taken at random, on average: what errors compare with."""
+def any_two_px(shape: tuple[int, ...], pair: Pair) -> np.ndarray:
+    """(patches, patches) pixels of the image between each patch of the one view and each of the other: what errors of
+    correspondences taken at random would be."""
     ends = [in_image(centres(shape), view) for view in pair.views]
-    return float(np.linalg.norm(ends[0][:, None] - ends[1][None], axis=2).mean())
+    return np.linalg.norm(ends[0][:, None] - ends[1][None], axis=2)
 
 
 def patch_px(shape: tuple[int, ...], pair: Pair) -> float:

@@ -1,6 +1,6 @@
 """Linear probe: softmax regression on frozen features, one head for each learning rate, all trained at once."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import ceil, cos, pi
 from typing import Any
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from massl_ray.errors import UserError
+from massl_ray.evaluation.alterations import RandomCrop, ViewsOf
 from massl_ray.evaluation.bootstrap import INTERVAL, accuracy_figures
 from massl_ray.evaluation.checks import labelled
 from massl_ray.evaluation.draws import Purpose, keyed, some_of_each
@@ -47,6 +48,24 @@ class Heads:
         return (rows @ self.weight.flatten(1)).unflatten(1, self.bias.shape) + self.bias
 
 
+@dataclass(frozen=True)
+class Probe:
+    """The classifier that was chosen, and what it depends on."""
+
+    heads: Heads
+    head: int  # the one that counts
+    train_labels: np.ndarray  # (m,) int64
+    test_labels: np.ndarray  # (n,) int64
+    parameters: Mapping[str, Any]
+
+    def predict(self, split: Split) -> np.ndarray:
+        """(n,) int64, numbered as `test_labels`."""
+        parts = torch.from_numpy(split.vectors).float().split(1024)
+        return (
+            torch.cat([self.heads.logits(part.to(self.heads.bias.device))[:, self.head].argmax(1) for part in parts]).cpu().numpy()
+        )
+
+
 def linear(
     train: Split,
     test: Split,
@@ -55,29 +74,53 @@ def linear(
     epochs: int = 100,
     batch: int = 1024,
     refit: bool = True,
+    augment: int = 0,
+    views_of: ViewsOf | None = None,
     seed: int = 0,
     device: str = "cpu",
 ) -> Result:
     """Top-1 accuracy and its mean over classes of the head with the lowest loss on a tenth of train that was held out;
-    test images choose nothing. `refit`: that rate is then used on all of train."""
-    both = labelled(train, test, "linear")
-    if not rates or min(rates) <= 0:
-        raise UserError(f"linear: learning rates must be over 0, got {', '.join(map(str, rates)) or 'none'}")
-    rows = torch.from_numpy(np.ascontiguousarray(train.vectors, dtype=np.float32)).to(device)
-    truth = torch.from_numpy(both.train).to(device)
+    test images choose nothing.
+
+    Args:
+        refit: that rate is then used on all of train.
+        augment: random crops of each train image, had of `views_of`, that it is trained on instead of the centred view; an epoch
+            takes any one of them.
+    """
+    views = [views_of("train", RandomCrop(number, seed)).vectors for number in range(augment)] if views_of else []
     schedule = Schedule(epochs, batch)
+    found = probe(train, test, "linear", rates=rates, schedule=schedule, refit=refit, views=views, seed=seed, device=device)
+    figures = accuracy_figures(found.predict(test), found.test_labels, seed=seed)
+    return Result("linear", figures, {**found.parameters, "test_images": len(test), "interval": INTERVAL})
+
+
+def probe(
+    train: Split,
+    test: Split,
+    protocol: str,
+    *,
+    rates: Sequence[float] = RATES,
+    schedule: Schedule = Schedule(),  # noqa: B008, it is frozen
+    refit: bool = True,
+    views: Sequence[np.ndarray] = (),
+    seed: int = 0,
+    device: str = "cpu",
+) -> Probe:
+    """Of `test` only labels are looked at, to name the classes. `views`: features (m, D) of train to be trained on instead."""
+    both = labelled(train, test, protocol)
+    if not rates or min(rates) <= 0:
+        raise UserError(f"{protocol}: learning rates must be over 0, got {', '.join(map(str, rates)) or 'none'}")
+    centred = torch.from_numpy(np.ascontiguousarray(train.vectors, dtype=np.float32)).to(device)
+    rows = torch.from_numpy(np.stack(views)).float().to(device) if len(views) else centred[None]  # (V, m, D)
+    truth = torch.from_numpy(both.train).to(device)
     held = held_out(both.train, seed)
     fitted = np.setdiff1d(np.arange(len(train)), held)
-    heads = fit_heads(rows[fitted], truth[fitted], rates, both.num_classes, schedule, seed)
-    scores = _scores(heads, rows[held], truth[held])
+    heads = fit_heads(rows[:, fitted], truth[fitted], rates, both.num_classes, schedule, seed)
+    scores = _scores(heads, centred[held], truth[held])
     best = max(range(len(rates)), key=lambda head: scores[head][1])  # accuracies of few images are equal by chance
     if refit:
-        heads, head = fit_heads(rows, truth, [rates[best]], both.num_classes, schedule, seed), 0
-    else:
-        head = best
-    predicted = torch.cat(
-        [heads.logits(part.to(device))[:, head].argmax(1) for part in torch.from_numpy(test.vectors).float().split(1024)]
-    )
+        heads = fit_heads(rows, truth, [rates[best]], both.num_classes, schedule, seed)
+    trained = len(train) if refit else len(fitted)
     parameters: dict[str, Any] = {
         "rates": list(rates),
         "held_out_top1": [score[0] for score in scores],
@@ -88,17 +131,15 @@ def linear(
         "refit": refit,
         "held_out_images": len(held),
         "optimizer": f"SGD, momentum {MOMENTUM}, no weight decay, cosine to 0",
-        "epochs": schedule.epochs_of(len(train) if refit else len(fitted)),
-        "batch": schedule.batch_of(len(train) if refit else len(fitted)),
+        "epochs": schedule.epochs_of(trained),
+        "batch": schedule.batch_of(trained),
         "standardized": "by mean and standard deviation of the images it was trained on",
-        "augmentation": "none: features of centre views",
+        "augmentation": f"{len(views)} random crops of each image" if len(views) else "none: features of centred views",
         "classes": both.num_classes,
         "train_images": len(train),
-        "test_images": len(test),
         "seed": seed,
-        "interval": INTERVAL,
     }
-    return Result("linear", accuracy_figures(predicted.cpu().numpy(), both.test, seed=seed), parameters)
+    return Probe(heads, 0 if refit else best, both.train, both.test, parameters)
 
 
 def held_out(labels: np.ndarray, seed: int) -> np.ndarray:
@@ -111,21 +152,25 @@ def held_out(labels: np.ndarray, seed: int) -> np.ndarray:
 
 
 def fit_heads(rows: Tensor, labels: Tensor, rates: Sequence[float], num_classes: int, schedule: Schedule, seed: int) -> Heads:
-    """All heads see the same batches. They start at zero; the gradient of the mean cross-entropy, (softmax - truth) / B, is
-    written out, so that a step is two matrix products for all heads together."""
+    """On features (V, m, D) of V views of each image, of which an epoch takes any one, and labels (m,). All heads see the same
+    batches. They start at zero; the gradient of the mean cross-entropy, (softmax - truth) / B, is written out, so that a step is
+    two matrix products for all heads together."""
+    views, images, dims = rows.shape
     rate = torch.tensor(rates, device=rows.device).view(-1, 1)
-    spread, mean = torch.std_mean(rows, dim=0, correction=0)
+    spread, mean = torch.std_mean(rows, dim=(0, 1), correction=0)
     scale = torch.where(spread > 1e-6 * spread.max(), 1 / spread.clamp_min(1e-20), 0)
     rows = (rows - mean) * scale
-    weight = torch.zeros(rows.shape[1], len(rates), num_classes, device=rows.device)
+    weight = torch.zeros(dims, len(rates), num_classes, device=rows.device)
     bias = torch.zeros(len(rates), num_classes, device=rows.device)
     speeds = torch.zeros_like(weight), torch.zeros_like(bias)
-    batch, epochs = schedule.batch_of(len(rows)), schedule.epochs_of(len(rows))
-    steps, step = epochs * ceil(len(rows) / batch), 0
+    batch, epochs = schedule.batch_of(images), schedule.epochs_of(images)
+    steps, step = epochs * ceil(images / batch), 0
     for epoch in range(epochs):
-        order = torch.from_numpy(keyed(Purpose.EPOCH, seed, epoch).permutation(len(rows))).to(rows.device)
+        random = keyed(Purpose.EPOCH, seed, epoch)
+        order = torch.from_numpy(random.permutation(images)).to(rows.device)
+        view = torch.from_numpy(random.integers(views, size=images)).to(rows.device)
         for places in order.split(batch):
-            x = rows[places]
+            x = rows[view[places], places]
             error = ((x @ weight.flatten(1)).unflatten(1, bias.shape) + bias).softmax(2)  # (B, H, C)
             error[torch.arange(len(x), device=x.device), :, labels[places]] -= 1
             error /= len(x)

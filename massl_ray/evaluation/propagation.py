@@ -5,100 +5,129 @@ patches most like it, of the first frame and the 7 frames before it, within 12 p
 weighted by exp(cosine similarity / 0.1). J and F as Perazzi et al., CVPR 2016, define them.
 """
 
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import cv2
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import normalize
 
 from massl_ray.errors import UserError
 from massl_ray.evaluation.bootstrap import jackknife_figure
-from massl_ray.evaluation.checks import unit
 from massl_ray.evaluation.results import Figure, Result
 
 TOLERANCE = 0.008  # of the frame's diagonal
+TILE = 8  # patches a side, whose masks are found at once
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Those of DINO."""
+
+    nearest: int = 5  # patches
+    temperature: float = 0.1
+    reach: int = 12  # patches up, down, left and right; 0 is no limit
+    context: int = 7  # frames before, beside the first
 
 
 @dataclass(frozen=True)
 class Clip:
-    features: np.ndarray  # (T, h, w, D) of patches
+    features: Iterable[np.ndarray | Tensor]  # T times (h, w, D) of patches, taken one by one: so they need not all be in memory
     masks: np.ndarray  # (T, H, W) int: 0 is background, 1 to N are objects; the first is given, the others judge
+    name: str = "clip"
 
 
-def segmentation(clips: Sequence[Clip], *, nearest: int = 5, temperature: float = 0.1, reach: int = 12, context: int = 7) -> Result:
+def segmentation(clips: Iterable[Clip], settings: Settings = Settings()) -> Result:
     """J&F, J and F: means over all objects of all clips, each a mean over its frames but for the first and the last, as DAVIS
     counts. Intervals are over objects."""
-    regions, contours = [], []
-    for number, clip in enumerate(clips):
-        if clip.features.ndim != 4 or clip.masks.ndim != 3 or len(clip.features) != len(clip.masks) or len(clip.masks) < 3:
-            raise UserError(f"clip {number}: needs 3 frames or more, features (T, h, w, D) and masks (T, H, W) of the same number")
-        objects = [int(label) for label in np.unique(clip.masks[0]) if label > 0]
-        if not objects:
-            raise UserError(f"clip {number}: the mask of its first frame has no object")
-        found = propagate(clip.features, clip.masks[0], nearest=nearest, temperature=temperature, reach=reach, context=context)
-        for label in objects:
-            judged = [(found[t] == label, clip.masks[t] == label) for t in range(1, len(found) - 1)]
-            regions.append(np.mean([jaccard(*pair) for pair in judged]))
-            contours.append(np.mean([boundary_f(*pair) for pair in judged]))
-    if not regions:
+    return summary([object_scores(clip, settings) for clip in clips], settings)
+
+
+def object_scores(clip: Clip, settings: Settings = Settings()) -> np.ndarray:
+    """J and F (objects, 2) of each object of the first mask, means over the frames that count."""
+    if clip.masks.ndim != 3 or len(clip.masks) < 3:
+        raise UserError(f"{clip.name}: needs 3 frames or more, features (T, h, w, D) and masks (T, H, W) of the same number")
+    objects = [int(label) for label in np.unique(clip.masks[0]) if label > 0]
+    if not objects:
+        raise UserError(f"{clip.name}: the mask of its first frame has no object")
+    found = propagate(clip.features, clip.masks[0], settings)
+    if len(found) != len(clip.masks):
+        raise UserError(f"{clip.name}: has {len(clip.masks)} masks and features of {len(found)} frames")
+
+    def mean(score: Callable[[np.ndarray, np.ndarray], float], label: int) -> float:
+        return float(np.mean([score(found[t] == label, clip.masks[t] == label) for t in range(1, len(found) - 1)]))
+
+    return np.array([(mean(jaccard, label), mean(boundary_f, label)) for label in objects])
+
+
+def summary(scores: Sequence[np.ndarray], settings: Settings) -> Result:
+    """Of each clip's J and F (objects, 2)."""
+    if not scores:
         raise UserError("segmentation: no clip was given")
-    region, contour = np.array(regions), np.array(contours)
+    region, contour = np.concatenate(scores).T
     figures: dict[str, Figure] = {
-        name: jackknife_figure(lambda places, scores=scores: float(scores[places].mean()), len(scores), most=1)
-        for name, scores in (("j_and_f", (region + contour) / 2), ("j", region), ("f", contour))
+        name: jackknife_figure(lambda places, values=values: float(values[places].mean()), len(values), most=1)
+        for name, values in (("j_and_f", (region + contour) / 2), ("j", region), ("f", contour))
     }
     parameters = {
-        "nearest": nearest,
-        "temperature": temperature,
-        "reach_patches": reach,
-        "context_frames": context,
+        "nearest": settings.nearest,
+        "temperature": settings.temperature,
+        "reach_patches": settings.reach,
+        "context_frames": settings.context,
         "boundary_tolerance": f"{TOLERANCE} of the diagonal",
         "frames": "all but the first and the last",
-        "clips": len(clips),
-        "objects": len(regions),
+        "clips": len(scores),
+        "objects": len(region),
         "interval": "95 % of the jackknife over objects",
     }
     return Result("segmentation", figures, parameters)
 
 
-def propagate(
-    features: np.ndarray, mask: np.ndarray, *, nearest: int = 5, temperature: float = 0.1, reach: int = 12, context: int = 7
-) -> np.ndarray:
-    """(T, h, w, D) features and the first frame's mask (H, W), labels 0 to N -> masks (T, H, W). The patches' mask is that of their
-    middle pixels; soft masks of patches are carried on and enlarged linearly, each label's stretched to 0 to 1."""
-    frames, h, w, dims = features.shape
-    rows = torch.from_numpy(unit(features.reshape(-1, dims))).view(frames, h * w, dims)
-    labels = np.unique(mask)
-    first = cv2.resize(mask.astype(np.int32), (w, h), interpolation=cv2.INTER_NEAREST_EXACT)
-    soft = [torch.from_numpy((first.reshape(-1, 1) == labels).astype(np.float32))]  # each (h w, labels)
-    near, found = neighbourhood(h, w, reach), [mask]
-    for frame in range(1, frames):
-        sources = [0, *range(max(1, frame - context), frame)]
-        soft.append(
-            _carried(rows[frame], rows[sources], torch.stack([soft[source] for source in sources]), near, nearest, temperature)
-        )
-        found.append(labels[_enlarged(soft[-1].view(h, w, -1).numpy(), mask.shape).argmax(axis=2)])
+def propagate(features: Iterable[np.ndarray | Tensor], mask: np.ndarray, settings: Settings = Settings()) -> np.ndarray:
+    """T times (h, w, D) features and the first frame's mask (H, W), labels 0 to N -> masks (T, H, W), computed where the features
+    are. The patches' mask is that of their middle pixels; soft masks of patches are carried on and enlarged linearly, each label's
+    stretched to 0 to 1."""
+    frames = (normalize(torch.as_tensor(frame).float(), dim=2) for frame in features)
+    first, labels = next(frames), np.unique(mask)
+    h, w, _ = first.shape
+    small = cv2.resize(mask.astype(np.int32), (w, h), interpolation=cv2.INTER_NEAREST_EXACT)
+    given = first, torch.from_numpy((small[..., None] == labels).astype(np.float32)).to(first.device)
+    before: deque[tuple[Tensor, Tensor]] = deque(maxlen=settings.context)  # features (h, w, D) and soft masks (h, w, labels)
+    found = [mask]
+    for frame in frames:
+        soft = _carried(frame, [given, *before], settings)
+        before.append((frame, soft))
+        found.append(labels[_enlarged(soft.cpu().numpy(), mask.shape).argmax(axis=2)])
     return np.stack(found)
 
 
-def neighbourhood(h: int, w: int, reach: int) -> Tensor:
-    """(h w, h w) bool: which patches are at most `reach` away in both directions; 0 is no limit."""
-    rows, columns = torch.arange(h * w) // w, torch.arange(h * w) % w
-    if reach <= 0:
-        return torch.ones(h * w, h * w, dtype=torch.bool)
-    return ((rows[:, None] - rows).abs() <= reach) & ((columns[:, None] - columns).abs() <= reach)
+def _carried(target: Tensor, sources: Sequence[tuple[Tensor, Tensor]], settings: Settings) -> Tensor:
+    """Patches (h, w, D) from those of other frames and their soft masks (h, w, labels) -> (h, w, labels). A tile after the other,
+    each with what is within its reach: of all pairs of patches most are too far apart."""
+    h, w, _ = target.shape
+    reach, places = settings.reach or max(h, w), torch.arange(h * w, device=target.device).view(h, w)
+    features, masks = (torch.stack(held) for held in zip(*sources, strict=True))
+    carried = torch.empty(h, w, masks.shape[-1], device=target.device)
+    for top in range(0, h, TILE):
+        for left in range(0, w, TILE):
+            tile = slice(top, top + TILE), slice(left, left + TILE)
+            rows, columns = (slice(max(0, edge.start - reach), edge.stop + reach) for edge in tile)
+            near = neighbourhood(places[tile].flatten(), places[rows, columns].flatten(), w, reach).repeat(1, len(sources))
+            close = target[tile].flatten(0, 1) @ features[:, rows, columns].flatten(0, 2).T
+            values, best = close.masked_fill(~near, -torch.inf).topk(min(settings.nearest, close.shape[1]), dim=1)
+            weights = (values / settings.temperature).softmax(1)[:, :, None]
+            soft = (weights * masks[:, rows, columns].flatten(0, 2)[best]).sum(1)
+            carried[tile] = soft.view_as(carried[tile])
+    return carried
 
 
-def _carried(target: Tensor, sources: Tensor, soft: Tensor, near: Tensor, nearest: int, temperature: float) -> Tensor:
-    """Patches (p, D) from patches (s, p, D) with soft masks (s, p, labels) -> (p, labels)."""
-    carried, flat = [], soft.flatten(0, 1)
-    for part, allowed in zip(target.split(256), near.split(256), strict=True):
-        close = torch.einsum("pd,sqd->psq", part, sources).masked_fill(~allowed[:, None], -torch.inf).flatten(1)
-        values, places = close.topk(min(nearest, close.shape[1]), dim=1)
-        carried.append(((values / temperature).softmax(1)[:, :, None] * flat[places]).sum(1))
-    return torch.cat(carried)
+def neighbourhood(targets: Tensor, sources: Tensor, w: int, reach: int) -> Tensor:
+    """(n, m) bool: which places, numbered row by row of `w`, are at most `reach` apart in both directions."""
+    down, across = targets[:, None] // w - sources // w, targets[:, None] % w - sources % w
+    return (down.abs() <= reach) & (across.abs() <= reach)
 
 
 def _enlarged(soft: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:

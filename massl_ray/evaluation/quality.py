@@ -6,17 +6,20 @@ import numpy as np
 import torch
 
 from massl_ray.errors import UserError
+from massl_ray.evaluation.alterations import RandomCrop, ViewsOf, described
 from massl_ray.evaluation.bootstrap import JACKKNIFE, jackknife_figure
 from massl_ray.evaluation.checks import finite, unit
 from massl_ray.evaluation.draws import Purpose, keyed
 from massl_ray.evaluation.results import Figure, Result, Split
+
+CROP = RandomCrop(area=(0.32, 1.0))  # of a global view of training
 
 
 def quality(
     train: Split,
     test: Split,
     *,
-    pairs: np.ndarray | None = None,
+    views_of: ViewsOf | None = None,
     memory: np.ndarray | None = None,
     neighbours: int = 10,
     most: int = 2048,
@@ -29,7 +32,7 @@ def quality(
     uniformity: log of the mean over pairs of images of exp(-2 |x - y|^2) (Wang and Isola, ICML 2020, t = 2); 0 for one point,
         lower is more even, about -4 on a sphere of many dimensions.
     hubness: skewness of how often an image is among the `neighbours` nearest of others (Radovanovic et al., JMLR 2010).
-    alignment: mean of |x - y|^2 over images and other views of them, `pairs` (n, D) (Wang and Isola, a = 2); only if given.
+    alignment: mean of |x - y|^2 over images and a random crop of each, had of `views_of` (Wang and Isola, a = 2); only if given.
     memory_usage: entropy of which row of `memory` (K, D) is nearest, over the largest there can be, log min(K, n); only if given.
     Pairs of images are of `most` images at most.
     """
@@ -46,10 +49,8 @@ def quality(
         "uniformity": jackknife_figure(lambda places: uniformity(kernel[np.ix_(places, places)]), len(some), seed=seed),
         "hubness": jackknife_figure(lambda places: hubness(close[places][:, places], neighbours), len(some), seed=seed),
     }
-    if pairs is not None:
-        if pairs.shape != rows.shape:
-            raise UserError(f"quality: pairs must be one for each test image, {rows.shape}, got {pairs.shape}")
-        distances = ((rows - unit(pairs)) ** 2).sum(axis=1)
+    if views_of is not None:
+        distances = ((rows - unit(views_of("test", CROP).vectors)) ** 2).sum(axis=1)
         figures["alignment"] = jackknife_figure(lambda places: float(distances[places].mean()), len(rows), seed=seed)
     if memory is not None:
         if memory.shape[1:] != rows.shape[1:]:
@@ -63,6 +64,7 @@ def quality(
         "uniformity_t": 2,
         "neighbours": min(neighbours, len(some) - 1),
         "images_in_pairs": len(some),
+        "alignment_with": described(CROP),
         "memory_rows": None if memory is None else len(memory),
         "dims": rows.shape[1],
         "test_images": len(test),

@@ -63,16 +63,8 @@ def copies(train: Split, test: Split, *, candidates: int = 10, seed: int = 0) ->
     is missed. `map` (Copydays, Douze et al., CIVR 2009): mean over queries with an original of 1 / its rank.
     """
     same_width(train, test, "copies")
-    gallery_names, query_names = names_of(train, "train", "copies"), names_of(test, "test", "copies")
-    originals = {name: place for place, name in enumerate(gallery_names)}
-    if len(originals) < len(gallery_names):
-        raise UserError(
-            "copies: a class has several images in the train set; each original and each distractor needs a class alone"
-        )
-    truth = np.array([originals.get(name, -1) for name in query_names])
+    truth = originals(train, test)
     asked = truth >= 0
-    if not asked.any():
-        raise UserError("copies: no test image has a class of the train set, so there is no copy to find")
     places = np.empty(len(test))  # ranks of the originals
     near, similarity = [], []
     queries, gallery = unit(test.vectors), unit(train.vectors)
@@ -104,6 +96,20 @@ def copies(train: Split, test: Split, *, candidates: int = 10, seed: int = 0) ->
         "interval": f"{INTERVAL} (micro_ap: 200)",
     }
     return Result("copies", figures, parameters)
+
+
+def originals(train: Split, test: Split) -> np.ndarray:
+    """Of each test image the place of its original in train (n,), or -1. Only labels are looked at. Raises UserError."""
+    gallery_names, query_names = names_of(train, "train", "copies"), names_of(test, "test", "copies")
+    places = {name: place for place, name in enumerate(gallery_names)}
+    if len(places) < len(gallery_names):
+        raise UserError(
+            "copies: a class has several images in the train set; each original and each distractor needs a class alone"
+        )
+    truth = np.array([places.get(name, -1) for name in query_names])
+    if (truth < 0).all():
+        raise UserError("copies: no test image has a class of the train set, so there is no copy to find")
+    return truth
 
 
 def micro_average_precision(hits: np.ndarray, scores: np.ndarray, total: int, weights: np.ndarray | None = None) -> float:

@@ -2,6 +2,7 @@
 
 import io
 import json
+import math
 import pickle
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from massl_ray.evaluation.bootstrap import INTERVAL, mean_figure
 from massl_ray.evaluation.checks import unit
 from massl_ray.evaluation.ranking import precision_at, ranked, trapezoid_precision
 from massl_ray.evaluation.results import Figure, Result
+from massl_ray.storage import Folder, reason
 
 SETUPS = {  # what is relevant and what counts neither way
     "medium": (("easy", "hard"), ("junk",)),
@@ -72,14 +74,13 @@ def revisited(
     return Result("revisited", figures, parameters)
 
 
-def read_ground_truth(path: str | Path) -> GroundTruth:
-    """Of `gnd_roxford5k.pkl`, `gnd_rparis6k.pkl` or a JSON file of the same content: `imlist`, `qimlist` and `gnd`, a list of
-    {easy, hard, junk, bbx}. The pickle is read without running anything in it: see `_Plain`."""
+def read_ground_truth(path: str | Path | Folder) -> GroundTruth:
+    """Of `gnd_roxford5k.pkl`, `gnd_rparis6k.pkl` or a JSON file of the same content, here or at a URI: `imlist`, `qimlist` and
+    `gnd`, a list of {easy, hard, junk, bbx}. The pickle is read without running anything in it: see `_Plain`."""
     try:
-        with open(path, "rb") as file:
-            data = file.read(LARGEST + 1)
+        data = Folder(path).read_bytes(size=LARGEST + 1)
     except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}") from None
+        raise UserError(f"{path} cannot be read: {reason(error)}") from None
     if len(data) > LARGEST:
         raise UserError(f"{path} has more than {LARGEST // 2**20} MB, too much for a ground-truth file")
     try:
@@ -102,8 +103,15 @@ def _ground_truth(content: Any) -> GroundTruth:
         relevance.append(known)
     if len(relevance) != len(queries):
         raise ValueError(f"{len(queries)} queries and {len(relevance)} entries of gnd")
-    boxes = [None if entry.get("bbx") is None else [float(side) for side in _list(entry["bbx"])] for entry in content["gnd"]]
+    boxes = [None if entry.get("bbx") is None else _box(entry["bbx"]) for entry in content["gnd"]]
     return GroundTruth(gallery, queries, relevance, boxes)
+
+
+def _box(values: Any) -> list[float]:
+    sides = [float(side) for side in _list(values)]
+    if len(sides) != 4 or not all(map(math.isfinite, sides)):
+        raise ValueError("a box has to be four numbers: left, top, right, bottom")
+    return sides
 
 
 def _list(values: Any) -> list[Any]:

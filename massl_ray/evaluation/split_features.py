@@ -51,12 +51,14 @@ def split_features(
     *,
     counted: Callable[[Iterator[int], int], Iterator[int]] = lambda amounts, total: amounts,
     fresh: bool = False,
+    keep: bool = True,
 ) -> tuple[Split, list[str]]:
     """Features of every readable image, and the paths of the others. They are read from this machine's cache if it has them.
 
     Args:
         counted: shows how far it is; takes amounts of images and their total.
         fresh: compute them anew.
+        keep: in that cache.
 
     Raises:
         UserError: none of the images can be read.
@@ -66,7 +68,7 @@ def split_features(
     rows = None if fresh else _kept(path)
     if rows is None:
         rows = _computed(subject, listing, how, compute, counted)
-        if len(rows[0]):
+        if keep and len(rows[0]):
             _keep(path, rows)
     places, vectors = rows
     if not len(places):

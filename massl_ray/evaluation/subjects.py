@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from massl_ray.config import Config
 from massl_ray.config.schema import IMAGENET
 from massl_ray.errors import UserError
+from massl_ray.evaluation.alterations import Alteration, described
 from massl_ray.evaluation.configs import config_of_checkpoint, config_of_run
 from massl_ray.evaluation.foreign import as_timm_says, built, called, check_hub, of_timm
 from massl_ray.evaluation.weights import SUFFIXES, fitted, native_size, nearest_sentence, read_weights
@@ -44,9 +45,13 @@ class Subject:
     precision: str  # 'fp32' or 'bf16'
     facts: Mapping[str, Any] = field(default_factory=dict)  # where it is from; of a run also `run`, its directory
     whole: bool = False  # the view is the whole image, squeezed into a square
+    alteration: Alteration | None = None  # instead of that view, or on top of it
 
     def view(self, image: np.ndarray) -> np.ndarray:
         """(h, w, channels) uint8 -> (size, size, channels) uint8"""
+        return self.alteration.view(image, self.size, self._centred) if self.alteration else self._centred(image)
+
+    def _centred(self, image: np.ndarray) -> np.ndarray:
         return resized(image, self.size) if self.whole else center_view(image, self.size, self.crop)
 
     def normalized(self, views: Tensor) -> Tensor:
@@ -73,7 +78,9 @@ class Subject:
     def settings(self) -> dict[str, Any]:
         """What features depend on beside the backbone."""
         names = ("size", "crop", "channels", "mean", "std", "precision", "whole")
-        return {name: getattr(self, name) for name in names}
+        return {name: getattr(self, name) for name in names} | (
+            {"alteration": described(self.alteration)} if self.alteration else {}
+        )
 
 
 class Pixels(nn.Module):

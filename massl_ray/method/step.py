@@ -8,6 +8,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from massl_ray.method.collapse import alignment, signs_of_collapse
 from massl_ray.method.koleo import koleo_loss
 from massl_ray.method.memory import Memory
 from massl_ray.method.network import Encoder
@@ -88,8 +89,11 @@ METRICS = (
     "student_entropy",
     "agreement",
     "koleo",
+    "alignment",
     "embedding_std",
     "effective_rank",
+    "uniformity",
+    "memory_usage",
     "grad_norm",
 )
 
@@ -128,7 +132,8 @@ def train_step(state: State, batch: Batch, schedule: Schedule, settings: StepSet
             loss = read.loss + settings.koleo_weight * spread
             (loss / batch.num_micro_batches).backward()
         student_statistics.after_micro_batch()
-        figures.append(torch.stack([loss.detach(), read.teacher_entropy, read.student_entropy, read.agreement, spread.detach()]))
+        measured = [loss.detach(), read.teacher_entropy, read.student_entropy, read.agreement, spread.detach()]
+        figures.append(torch.stack([*measured, alignment(*target.chunk(2))]))
 
     collectives.finish_gradients(state.student)
     norms = clip_per_parameter(state.student.parameters(), settings.clip_norm)
@@ -138,10 +143,11 @@ def train_step(state: State, batch: Batch, schedule: Schedule, settings: StepSet
     for statistics in (student_statistics, teacher_statistics):
         statistics.finish(batch.num_micro_batches, collectives.total)
     newest = gathered()
+    signs = signs_of_collapse(newest, state.memory.rows[batch.permutation[: settings.block_size]])
     state.memory.write(newest)
     state.step += 1
     means = collectives.total(torch.stack(figures)) / batch.num_micro_batches
-    return torch.cat([means, embedding_spread(newest), norms.norm().to(means.dtype).unsqueeze(0)])
+    return torch.cat([means, signs, norms.norm().to(means.dtype).unsqueeze(0)])
 
 
 def prepare_views(micro: MicroBatch, settings: StepSettings) -> list[Tensor]:
@@ -154,20 +160,6 @@ def prepare_views(micro: MicroBatch, settings: StepSettings) -> list[Tensor]:
             pixels = views.to(settings.device, non_blocking=True).transpose(0, 1).flatten(0, 1)
             groups.append(((pixels.to(settings.dtype) - mean) * scale).permute(0, 3, 1, 2))
     return groups
-
-
-@torch.no_grad()
-def embedding_spread(embeddings: Tensor) -> Tensor:
-    """(embedding_std, effective_rank) of (B, D) unit rows.
-
-    embedding_std: root of the rows' total variance; 1 when they lie evenly over the sphere, 0 when they are one point.
-    effective_rank: participation ratio (tr C)^2 / tr(C^2) of their covariance C, between 1 and min(B - 1, D).
-    """
-    centered = (embeddings - embeddings.mean(0)).float()
-    gram = centered @ centered.T if len(centered) < centered.shape[1] else centered.T @ centered
-    trace = gram.diagonal().sum()
-    rank = trace.square() / gram.square().sum().clamp_min(1e-20)
-    return torch.stack([(trace / len(centered)).clamp_min(0).sqrt(), rank]).to(embeddings.dtype)
 
 
 def _koleo(embeddings: Tensor, batch: int) -> Tensor:

@@ -23,6 +23,10 @@ GAUGES = {
     "massl_ray_workers": "Workers that train.",
     "massl_ray_loss_nats": "Loss.",
     "massl_ray_embedding_spread_ratio": "Spread of the teacher's embeddings; 1: evenly over the sphere.",
+    "massl_ray_effective_rank_dimensions": "Directions that the teacher's embeddings of a batch use.",
+    "massl_ray_alignment_square_distance": "Mean square of the distance of two views of an image, 0 to 4; lower is better aligned.",
+    "massl_ray_uniformity_nats": "Log of how near different images are; 0: one point, about -4: evenly over the sphere.",
+    "massl_ray_memory_evenness_ratio": "Evenness of which rows of the memory are nearest to a batch; 1: all alike, 0: one.",
     "massl_ray_knn_top1_ratio": "k-NN accuracy of the teacher's features, 0 to 1.",
 }
 COUNTERS = {
@@ -38,6 +42,10 @@ OF_A_LINE = {
     "world_size": "massl_ray_workers",
     "loss": "massl_ray_loss_nats",
     "embedding_std": "massl_ray_embedding_spread_ratio",
+    "effective_rank": "massl_ray_effective_rank_dimensions",
+    "alignment": "massl_ray_alignment_square_distance",
+    "uniformity": "massl_ray_uniformity_nats",
+    "memory_usage": "massl_ray_memory_evenness_ratio",
 }
 """Keys of metrics.jsonl, and what they are called here."""
 AGAIN_S = 1.0  # Ray forgets a gauge that is not set again for twice its interval of reports, which is 10 s or what you make it

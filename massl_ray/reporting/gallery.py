@@ -1,11 +1,8 @@
-"""Pictures of what a backbone sees: one PNG file each, and visualize.html with all of them."""
+"""Pictures of what a backbone sees in a few images."""
 
-import base64
-import io
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,21 +11,21 @@ from PIL import Image
 from torch import Tensor, nn
 
 from massl_ray.evaluation.attention import CLASS, MASS, Attention, NoAttention, mass_mask, peaks, self_attention
-from massl_ray.evaluation.correspondence import Pair, chance_px, correspondences, errors_px, patch_px, two_views
+from massl_ray.evaluation.correspondence import Pair, any_two_px, correspondences, errors_px, patch_px, two_views
 from massl_ray.evaluation.patches import CLIP, colours, components, foreground
 from massl_ray.evaluation.subjects import Subject
 from massl_ray.evaluation.tokens import patch_tokens
 from massl_ray.method.views import center_view
-from massl_ray.reporting.html import page, text
+from massl_ray.reporting.album import Album, Picture
 from massl_ray.reporting.panels import LEAST, Tile, blocks, connected, heat, masked, photo, sheet, stacked
 from massl_ray.reporting.pictures import png_bytes
-from massl_ray.training.run import write_atomically
 
 PAIRS = 4  # images that are shown in two views, and pairs of images
 SIDE = 336  # pixels of a photograph with lines
 FAR = 2.0  # patches: a correspondence that is off by more gets crosses
-LARGE = 300_000  # bytes of a picture that is not embedded as it is
-FLAT = 1.5  # times as much as even attention: a head whose peak is lower looks at nothing in particular
+FEWEST = 4  # patches a side: on fewer, any two are near each other, and there is nothing to see
+EVEN = 0.4  # of the area: heads that spread most of their attention over more do so before any training, too
+ABREAST = 7  # maps of attention in a row: more would be too small on a page
 
 
 @dataclass(frozen=True)
@@ -42,40 +39,21 @@ class Photos:
         return len(self.names)
 
 
-@dataclass(frozen=True)
-class Picture:
-    title: str
-    note: str  # says what is shown, as HTML
-    png: bytes = b""  # none where there is nothing to show, which the note says
-    name: str = ""  # of the file
-
-
 @dataclass
 class Gallery:
-    """Draws pictures of one kind after another into a folder."""
+    """Gathers pictures of one kind after another."""
 
-    out: Path
     photos: Photos
     size: int | None = None  # side of the views, in pixels; None: what each was made for
     fore: bool = False
     pictures: list[Picture] = field(default_factory=list)
 
-    def add(self, title: str, note: str, png: bytes = b"", name: str = "") -> None:
-        picture = Picture(title, note, png, name)
-        if png:
-            (self.out / name).write_bytes(png)
-        self.pictures.append(picture)
+    @property
+    def album(self) -> Album:
+        return Album(self.photos.names, self.pictures)
 
-    def write(self) -> Path:
-        """visualize.html; returns its path."""
-        names = "".join(f"<tr><td>{number}</td><td>{text(name)}</td></tr>" for number, name in enumerate(self.photos.names, 1))
-        sections = ["<h1>What the features see</h1>", f"<details open><summary>Images</summary><table>{names}</table></details>"]
-        for picture in self.pictures:
-            shown = f"<img class='views' alt='{text(picture.title)}' src='{_url(picture.png)}'>" if picture.png else ""
-            sections.append(f"<h2>{text(picture.title)}</h2><p class='note'>{picture.note}</p>{shown}")
-        path = self.out / "visualize.html"
-        write_atomically(path, page("visualize", sections))
-        return path
+    def add(self, title: str, note: str, png: bytes = b"", name: str = "", files: Sequence[tuple[str, Sequence[str]]] = ()) -> None:
+        self.pictures.append(Picture(title, note, png, name, files))
 
     def views(self, subject: Subject) -> np.ndarray:
         """Centred squares (n, side, side, C) uint8 of the images, whole in their shorter side."""
@@ -94,13 +72,10 @@ def draw_attention(gallery: Gallery, subject: Subject, slug: str) -> None:
     title = f"Self-attention of the last block: {subject.name}"
     views = gallery.views(subject)
     try:
-        seen = self_attention(inner(subject), _normalized(subject, views))
+        seen = _attention(subject, views)
     except (NoAttention, ValueError) as error:
-        gallery.add(title, f"{text(error).removesuffix('.')}.")
+        gallery.add(title, _sentence(error))
         return
-    rows, labels = attention_rows(views, seen)
-    heads = seen.patches.shape[1]
-    titles = ["image", *(f"head {head}" for head in range(1, heads + 1)), "mean of heads"]
     side = seen.patches.shape[-1]
     query = (
         "from the class token, which is what the pooled features are made of"
@@ -109,23 +84,31 @@ def draw_attention(gallery: Gallery, subject: Subject, slug: str) -> None:
     )
     note = (
         f"Attention to {side} x {side} patches {query}. Above: black is 0 and yellow the head's own largest value, which is so "
-        f"many times what even attention would be, or {LEAST:g}x if that is more; a head that stays below {FLAT:g}x looks at "
-        f"nothing in particular. Below: the fewest patches that hold {MASS:.0%} of what the head gives to patches; even attention "
-        f"would take {MASS:.0%} of the area.{_prefix_note(seen)}"
+        f"many times what even attention would be, or {LEAST:g}x if that is more. Below: the fewest patches that hold {MASS:.0%} "
+        f"of what the head gives to patches. Even attention would take {MASS:.0%} of the area; a head that takes more than "
+        f"{EVEN:.0%} looks at nothing in particular, and is gray.{_prefix_note(seen)}"
     )
-    gallery.add(title, note, png_bytes(sheet(rows, labels, titles)), f"attention_{slug}.png")
+    gallery.add(title, note, png_bytes(sheet(*attention_rows(views, seen))), f"attention_{slug}.png")
 
 
 def attention_rows(views: np.ndarray, seen: Attention) -> tuple[list[list[Tile | None]], list[str]]:
     rows: list[list[Tile | None]] = []
     labels = []
     for number, (view, maps) in enumerate(zip(views, seen.patches.numpy(), strict=True), 1):
-        shown = [*maps, maps.mean(0)]
-        marks = [mass_mask(each) for each in shown]
-        rows.append([Tile(photo(view)), *(Tile(heat(view, each), f"peak {peaks(each):.1f}x even") for each in shown)])
-        rows.append([None, *(Tile(masked(view, mask), f"{MASS:.0%} in {mask.mean():.0%} of area") for mask in marks)])
-        labels += [f"image {number}", ""]
+        shown = [*((f"head {head}", each) for head, each in enumerate(maps, 1)), ("mean", maps.mean(0))]
+        for start in range(0, len(shown), ABREAST):
+            part = shown[start : start + ABREAST]
+            above = [Tile(heat(view, each), f"{name}: peak {peaks(each):.1f}x even") for name, each in part]
+            rows.append([None if start else Tile(photo(view)), *above])
+            rows.append([None, *(_mass(view, each) for _, each in part)])
+            labels += ["" if start else f"image {number}", ""]
     return rows, labels
+
+
+def _mass(view: np.ndarray, weights: np.ndarray) -> Tile:
+    """Where most of the attention goes; gray where it goes everywhere, for the outlines of noise look like a find."""
+    mask = mass_mask(weights)
+    return Tile(masked(view, mask, gray=bool(mask.mean() > EVEN)), f"{MASS:.0%} in {mask.mean():.0%} of area")
 
 
 def _prefix_note(seen: Attention) -> str:
@@ -142,7 +125,7 @@ def draw_pca(gallery: Gallery, subjects: Sequence[Subject]) -> None:
         try:
             made, said = pca_rows(gallery, subject, fore=gallery.fore)
         except ValueError as error:
-            missing.append(f" {text(subject.name)}: {text(error)}.")
+            missing.append(f" {subject.name}: {error}.")
             continue
         rows += made
         labels += said
@@ -156,13 +139,15 @@ def draw_pca(gallery: Gallery, subjects: Sequence[Subject]) -> None:
         note += (
             " Foreground is a guess for images of one kind of thing: the side of the first component that is rarer at the borders."
         )
-    png = png_bytes(sheet(rows, labels, [str(number) for number in range(1, len(gallery.photos) + 1)])) if len(rows) > 1 else b""
-    gallery.add("Principal components of patch tokens", note + "".join(missing), png, "pca.png")
+    drawn = len(rows) > 1
+    png = png_bytes(sheet(rows, labels, [str(number) for number in range(1, len(gallery.photos) + 1)])) if drawn else b""
+    said = "".join([note] * drawn + missing).strip()
+    gallery.add("Principal components of patch tokens", said, png, "pca.png" if drawn else "")
 
 
 def pca_rows(gallery: Gallery, subject: Subject, *, fore: bool) -> tuple[list[list[Tile | None]], list[str]]:
     views = gallery.views(subject)
-    tokens = patch_tokens(inner(subject), _normalized(subject, views)).numpy()
+    tokens = _tokens(subject, views)
     found = components(tokens)
     rows: list[list[Tile | None]] = [[Tile(blocks(colour)) for colour in colours(found.scores)]]
     labels = [f"{subject.name}: {tokens.shape[1]} x {tokens.shape[2]} patches, {_shares(found.shares)} of the variance"]
@@ -184,47 +169,48 @@ def draw_correspondences(gallery: Gallery, subject: Subject, slug: str) -> None:
     drawn, captions, near = [], [], []
     try:
         for number, image in enumerate(images, 1):
-            made, caption, share = _views_matched(subject, two_views(image, side, sample=number))
+            made, caption, shares = _views_matched(subject, two_views(image, side, sample=number))
             drawn.append(made)
             captions.append(f"image {number}, two views: {caption}")
-            near.append(share)
+            near.append(shares)
         views = gallery.views(subject)
         for number in range(min(PAIRS, len(views) - 1)):
             made, caption = _images_matched(subject, views[number : number + 2])
             drawn.append(made)
             captions.append(f"images {number + 1} and {number + 2}: {caption}")
     except ValueError as error:
-        gallery.add(title, f"{text(error)}.")
+        gallery.add(title, _sentence(error))
         return
+    found, chance = np.mean(near, 0)
     note = (
-        "Patches that are each other's most similar, the most similar pairs. Of two views of one image, cut, turned over and "
+        "Patches that are each other's most similar, the most similar pairs. Of two views of one image, cut, mirrored and "
         f"coloured as in training, it is known what belongs together: crosses mark pairs that are more than {FAR:g} patches off; "
-        f"on average {np.mean(near):.0%} are not. Of two images nothing is known: some patches are always each other's nearest, so "
-        "that there are lines says nothing; where they lead does."
+        f"on average {found:.0%} are not, and of patches taken at random {chance:.0%}. Of two images nothing is known: some "
+        "patches are always each other's nearest, so that there are lines says nothing; where they lead does."
     )
     gallery.add(title, note, png_bytes(stacked(drawn, captions)), f"correspondence_{slug}.png")
 
 
-def _views_matched(subject: Subject, pair: Pair) -> tuple[Image.Image, str, float]:
-    """The picture, its caption, and the share of correspondences that are right to FAR patches."""
-    left, right = patch_tokens(inner(subject), _normalized(subject, np.stack(pair.pixels))).numpy()
+def _views_matched(subject: Subject, pair: Pair) -> tuple[Image.Image, str, tuple[float, float]]:
+    """The picture, its caption, and the shares of its correspondences and of any two patches that are right to FAR patches."""
+    left, right = _tokens(subject, np.stack(pair.pixels))
     found = correspondences(left, right)
-    errors, patch, chance = errors_px(found, pair), patch_px(left.shape, pair), chance_px(left.shape, pair)
-    far = errors > FAR * patch
+    errors, patch, random = errors_px(found, pair), patch_px(left.shape, pair), any_two_px(left.shape, pair)
+    far, chance = errors > FAR * patch, float((random <= FAR * patch).mean())
     photos = [photo(view, SIDE) for view in pair.pixels]
     made = connected(photos[0], photos[1], (found.left, found.right), far, SIDE)
     if not len(found):
-        return made, "no two patches are each other's nearest", 0.0
+        return made, "no two patches are each other's nearest", (0.0, chance)
     caption = (
-        f"{(~far).sum()} of {len(found)} within {FAR:g} patches; median error {np.median(errors):.0f} px of the image "
-        f"(a patch: {patch:.0f}, at random: {chance:.0f})"
+        f"{(~far).sum()} of {len(found)} within {FAR:g} patches (at random {chance:.0%}); median error "
+        f"{np.median(errors) / patch:.1f} patches (at random {random.mean() / patch:.1f})"
     )
-    return made, caption, float((~far).mean())
+    return made, caption, (float((~far).mean()), chance)
 
 
 def _images_matched(subject: Subject, views: np.ndarray) -> tuple[Image.Image, str]:
     """The picture of two views (2, side, side, C), and its caption."""
-    left, right = patch_tokens(inner(subject), _normalized(subject, views)).numpy()
+    left, right = _tokens(subject, views)
     found = correspondences(left, right)
     photos = [photo(view, SIDE) for view in views]
     made = connected(photos[0], photos[1], (found.left, found.right), np.zeros(len(found), bool), SIDE)
@@ -235,9 +221,9 @@ def _images_matched(subject: Subject, views: np.ndarray) -> tuple[Image.Image, s
 
 
 def draw_comparison(gallery: Gallery, subjects: Sequence[Subject]) -> None:
-    """Several models as rows, for the same images."""
+    """Several models as rows, for the same images; nothing where none has attention, for then `draw_pca` shows the same."""
     rows: list[list[Tile | None]] = [[Tile(photo(view)) for view in gallery.views(subjects[0])]]
-    labels = ["images"]
+    labels, attentive = ["images"], False
     for subject in subjects:
         views = gallery.views(subject)
         try:
@@ -247,26 +233,56 @@ def draw_comparison(gallery: Gallery, subjects: Sequence[Subject]) -> None:
         except ValueError:
             pass
         try:
-            seen = self_attention(inner(subject), _normalized(subject, views))
+            seen = _attention(subject, views)
         except (NoAttention, ValueError):
             continue
+        attentive = True
         maps = seen.patches.mean(1).numpy()
         tiles: list[Tile | None] = [Tile(heat(v, m), f"peak {peaks(m):.1f}x even") for v, m in zip(views, maps, strict=True)]
         rows.append(tiles)
         labels.append(f"{subject.name}: attention, mean of {seen.patches.shape[1]} heads, {seen.query}")
-    note = (
-        "Principal components of patch tokens and, where there is one, the mean attention of the last block; each as in its own "
-        "section below."
-    )
-    gallery.add("The models side by side", note, png_bytes(sheet(rows, labels)), "comparison.png")
+    if attentive:
+        note = (
+            "Principal components of patch tokens and, where there is one, the mean attention of the last block; each as in its "
+            "own section below."
+        )
+        gallery.add("The models side by side", note, png_bytes(sheet(rows, labels)), "comparison.png")
+
+
+def _tokens(subject: Subject, views: np.ndarray) -> np.ndarray:
+    """Of patches, (n, h, w, D). Raises ValueError."""
+    tokens = patch_tokens(inner(subject), _normalized(subject, views)).numpy()
+    _enough(views, tokens.shape[1])
+    return tokens
+
+
+def _attention(subject: Subject, views: np.ndarray) -> Attention:
+    """Raises NoAttention, ValueError."""
+    seen = self_attention(inner(subject), _normalized(subject, views))
+    _enough(views, seen.patches.shape[-1])
+    return seen
+
+
+def _enough(views: np.ndarray, patches: int) -> None:
+    if patches < FEWEST:
+        side = views.shape[1]
+        raise ValueError(
+            f"it sees {patches} x {patches} patches in an image of {side} px, too few to show anything: give a larger --size, "
+            f"{FEWEST * side // max(1, patches - 1)} for instance"
+        )
 
 
 def inner(subject: Subject) -> nn.Module:
     """The backbone that has features before they are pooled. Raises ValueError."""
     backbone = getattr(subject.backbone, "inner", subject.backbone)
     if not hasattr(backbone, "forward_features"):
-        raise ValueError(f"{subject.name} has no features of patches")
+        raise ValueError("it has no features of patches")
     return backbone
+
+
+def _sentence(error: Exception) -> str:
+    said = str(error).removesuffix(".")
+    return f"{said[:1].upper()}{said[1:]}."
 
 
 def slugs(names: Sequence[str]) -> list[str]:
@@ -276,15 +292,6 @@ def slugs(names: Sequence[str]) -> list[str]:
         plain = re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.")[-60:] or "model"
         made.append(plain if plain not in made else next(f"{plain}-{n}" for n in range(2, 999) if f"{plain}-{n}" not in made))
     return made
-
-
-def _url(png: bytes) -> str:
-    """Of the picture itself; a large one as JPEG, or the page would have tens of megabytes."""
-    if len(png) <= LARGE:
-        return f"data:image/png;base64,{base64.b64encode(png).decode()}"
-    buffer = io.BytesIO()
-    Image.open(io.BytesIO(png)).save(buffer, "JPEG", quality=90, subsampling=0)
-    return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
 def _normalized(subject: Subject, views: np.ndarray) -> Tensor:

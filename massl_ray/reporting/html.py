@@ -16,15 +16,18 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from massl_ray.evaluation.records import read_records, tables
+from massl_ray.reporting.album import FOLDER, Album, data_url, read_album
 from massl_ray.reporting.summary import read_knn, read_metrics
 from massl_ray.training.run import write_atomically
 
 TURNING = re.compile("[\u200e\u200f\u202a-\u202e\u2066-\u2069\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")  # the latter are none of HTML's
+PAGE = 16_000_000  # bytes of all pictures of `massl-ray visualize` in a page
 BLUE, ORANGE, GRAY = "#2457a6", "#c8641b", "#8a8f98"
 
 STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; color: #1d2129; max-width: 68rem; margin: 2rem auto; padding: 0 1.5rem; }
 h1 { font-size: 1.6rem; margin-bottom: .2rem; } h2 { font-size: 1.15rem; margin-top: 2.5rem; }
+h3 { font-size: 1rem; margin-top: 2rem; }
 p.note { color: #5a606b; max-width: 46rem; } .figures { display: flex; flex-wrap: wrap; gap: 2.5rem; margin: 1.5rem 0; }
 .figures div b { display: block; font-size: 1.7rem; font-weight: 600; } .figures div { color: #5a606b; }
 .charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(26rem, 1fr)); gap: 1rem; } .charts img { width: 100%; }
@@ -45,6 +48,7 @@ def write_report(run_dir: Path) -> Path:
         _evaluations(run_dir),
         _views(run_dir, config),
         _neighbours(run_dir),
+        _pictures(run_dir),
         _settings(config),
     ]
     path = run_dir / "report.html"
@@ -84,7 +88,7 @@ def _charts(config: dict[str, Any], lines: list[dict[str, Any]], knn: list[dict[
     uniform = math.log(config["memory"]["size"] // config["memory"]["num_blocks"])
 
     def curve(key: str) -> list[float]:
-        return [line[key] for line in lines]
+        return [line.get(key, math.nan) for line in lines]  # runs of old versions lack some
 
     def loss(axes: Axes) -> None:
         axes.plot(steps, curve("loss"), color=BLUE, label="loss")
@@ -112,6 +116,15 @@ def _charts(config: dict[str, Any], lines: list[dict[str, Any]], knn: list[dict[
         axes.set_ylim(0, 1)
         axes.legend(frameon=False)
 
+    def pairs(axes: Axes) -> None:
+        axes.plot(steps, curve("alignment"), color=BLUE, label="alignment: views of an image")
+        axes.plot(steps, curve("uniformity"), color=ORANGE, label="uniformity: different images")
+        axes.legend(frameon=False)
+
+    def usage(axes: Axes) -> None:
+        axes.plot(steps, curve("memory_usage"), color=BLUE)
+        axes.set_ylim(0, 1)
+
     charts: list[tuple[str, str, Callable[[Axes], None]]] = [("Loss and teacher entropy", "nats", loss)]
     if knn:
         charts.append(("k-NN accuracy", "%", accuracy))
@@ -122,6 +135,11 @@ def _charts(config: dict[str, Any], lines: list[dict[str, Any]], knn: list[dict[
             "dimensions",
             lambda axes: axes.plot(steps, curve("effective_rank"), color=BLUE) and None,
         ),
+    ]
+    if "alignment" in lines[-1]:
+        charts += [("Alignment and uniformity", "lower is better, but not alone", pairs)]
+        charts += [("Use of the memory", "1 = all rows alike", usage)]
+    charts += [
         ("Throughput", "images/s", lambda axes: axes.plot(steps, curve("images_per_s"), color=BLUE) and None),
         (
             "Waiting for data",
@@ -197,6 +215,30 @@ def _picture(entry: dict[str, Any], caption: str) -> str:
     if not picture:
         return f"{caption} (gone)"
     return f"<img alt='{text(Path(path).name)}' title='{text(path)}' src='data:image/png;base64,{text(picture)}'>{caption}"
+
+
+def _pictures(run_dir: Path) -> str:
+    """What `massl-ray visualize` drew last."""
+    album = read_album(run_dir / FOLDER)
+    return f"<h2>Pictures</h2><p class='note'>The files are in {FOLDER}.</p>{album_html(album)}" if album else ""
+
+
+def album_html(album: Album) -> str:
+    names = "".join(f"<tr><td>{number}</td><td>{text(name)}</td></tr>" for number, name in enumerate(album.images, 1))
+    made, left = f"<details><summary>Images</summary><table>{names}</table></details>", PAGE
+    for picture in album.pictures:
+        made += f"<h3>{text(picture.title)}</h3><p class='note'>{text(picture.note)}</p>"
+        if picture.files:
+            rows = "".join(f"<tr><td>{text(a)}</td><td>{'<br>'.join(map(text, others))}</td></tr>" for a, others in picture.files)
+            made += f"<details><summary>Their files</summary><table>{rows}</table></details>"
+        url = data_url(picture.png) if picture.png else ""
+        if url and len(url) <= left:
+            left -= len(url)
+            made += f"<img class='views' alt='{text(picture.title)}' src='{url}'>"
+        elif picture.name:
+            why = f"this page would have more than {PAGE // 1_000_000} MB" if url else "it is gone, damaged or too large"
+            made += f"<p class='note'>{text(picture.name)} is not shown here: {why}.</p>"
+    return made
 
 
 def _settings(config: dict[str, Any]) -> str:

@@ -48,14 +48,16 @@ def heat(view: np.ndarray, values: np.ndarray, side: int = TILE) -> np.ndarray:
     return np.round(0.3 * gray + 0.7 * coloured).astype(np.uint8)
 
 
-def masked(view: np.ndarray, mask: np.ndarray, side: int = TILE) -> np.ndarray:
-    """The photograph, dark outside of the mask (h, w), and a line around it: (side, side, 3)."""
+def masked(view: np.ndarray, mask: np.ndarray, side: int = TILE, *, gray: bool = False) -> np.ndarray:
+    """The photograph, dark outside of the mask (h, w), and a line around it, or without a line and in gray: (side, side, 3)."""
     kept = blocks(mask, side)
+    made = photo(view, side) * np.where(kept, 1.0, DIMMED)[..., None]
+    if gray:
+        return np.round(np.repeat(made.mean(2, keepdims=True), 3, axis=2)).astype(np.uint8)
     inside = np.pad(kept, 1, constant_values=True)  # no line along the photograph's own border
     inside = inside[:-2, 1:-1] & inside[2:, 1:-1] & inside[1:-1, :-2] & inside[1:-1, 2:]
-    made = np.round(photo(view, side) * np.where(kept, 1.0, DIMMED)[..., None]).astype(np.uint8)
     made[kept & ~inside] = EDGE
-    return made
+    return np.round(made).astype(np.uint8)
 
 
 def sheet(rows: Sequence[Sequence[Tile | None]], labels: Sequence[str] = (), titles: Sequence[str] = ()) -> Image.Image:

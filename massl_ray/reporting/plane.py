@@ -45,22 +45,22 @@ def draw_map(
 
 def _scatter(axes: Axes, points: np.ndarray, labels: np.ndarray | None, classes: Sequence[str]) -> list[Any]:
     """Draws the points, and returns the colour of each."""
-    size = float(np.clip(6000 / max(1, len(points)), 5, 60))
+    size = float(np.clip(20_000 / max(1, len(points)), 8, 60))
     if labels is None:
         axes.scatter(points[:, 0], points[:, 1], size, BLUE, linewidths=0)
         return [BLUE] * len(points)
-    present = np.unique(labels)
-    named = present
-    if len(present) > NAMED:
-        named = np.sort(np.argsort(-np.bincount(labels, minlength=len(classes)), kind="stable")[: NAMED - 1])
+    sizes = np.bincount(labels, minlength=len(classes))
+    ranked = np.argsort(-sizes, kind="stable")[: np.count_nonzero(sizes)]
+    named = ranked if len(ranked) <= NAMED else ranked[: NAMED - 1]
+    if len(named) < len(ranked):
         rest = ~np.isin(labels, named)
-        other = f"{len(present) - len(named):,} other classes"
-        axes.scatter(points[rest, 0], points[rest, 1], size, GRAY, linewidths=0, label=other)
-    palette = colormaps["tab10" if len(named) <= 10 else "tab20"]
-    colours = {label: palette(number) for number, label in enumerate(named)}
-    for label, colour in colours.items():
-        mine = labels == label
-        axes.scatter(points[mine, 0], points[mine, 1], size, [colour], linewidths=0, label=drawable(classes[int(label)]))
+        other = f"{len(ranked) - len(named):,} other classes"
+        axes.scatter(points[rest, 0], points[rest, 1], size / 3, GRAY, linewidths=0, label=other)
+    palette = colormaps["tab20"]  # strong and pale shades by turns; the largest classes get the strong ones
+    colours = {int(label): palette(rank % 10 * 2 + rank // 10) for rank, label in enumerate(named)}
+    for label in sorted(colours):
+        mine, name = labels == label, drawable(classes[label])
+        axes.scatter(points[mine, 0], points[mine, 1], size, [colours[label]], linewidths=0, label=name)
     axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False, fontsize=9, markerscale=max(1.0, (25 / size) ** 0.5))
     return [colours.get(label, GRAY) for label in labels]
 
@@ -69,15 +69,21 @@ def _pictures(axes: Axes, points: np.ndarray, thumbnails: Sequence[np.ndarray], 
     """One image for each cell of a lattice, in the middle of the cell, framed in its point's colour."""
     low, span = points.min(0), float(np.ptp(points, axis=0).max()) or 1.0
     cell = span / CELLS
-    taken: set[tuple[int, int]] = set()
-    for point, pixels, colour in zip(points, thumbnails, colours, strict=True):
-        column, row = ((point - low) // cell).astype(int).tolist()
-        if (column, row) not in taken:
-            taken.add((column, row))
-            x, y = low + (np.array([column, row]) + 0.5) * cell
-            half = 0.44 * cell
-            axes.imshow(pixels, extent=(x - half, x + half, y - half, y + half), zorder=3)
-            axes.add_patch(Rectangle((x - half, y - half), 2 * half, 2 * half, fill=False, edgecolor=colour, linewidth=2, zorder=4))
+    for (column, row), index in representatives((points - low) / cell).items():
+        x, y = low + (np.array([column, row]) + 0.5) * cell
+        half = 0.44 * cell
+        axes.imshow(thumbnails[index], extent=(x - half, x + half, y - half, y + half), zorder=3)
+        frame = Rectangle((x - half, y - half), 2 * half, 2 * half, fill=False, edgecolor=colours[index], linewidth=2, zorder=4)
+        axes.add_patch(frame)
+
+
+def representatives(places: np.ndarray) -> dict[tuple[int, int], int]:
+    """Of points (n, 2) in 0 to CELLS, for each unit square that has any, the one nearest to its middle. The first one in the
+    source would be of the first class wherever classes meet."""
+    cells = np.minimum(np.floor(places), CELLS - 1)
+    off = np.abs(places - cells - 0.5).max(1)
+    nearest_last = np.argsort(-off, kind="stable")
+    return {(int(column), int(row)): int(index) for index, (column, row) in zip(nearest_last, cells[nearest_last], strict=True)}
 
 
 def drawable(name: str, longest: int = 28) -> str:

@@ -88,16 +88,22 @@ def _charts(runs: Sequence[RunFiles]) -> str:
             axes.axhline(value, color=GRAY, linestyle="--", linewidth=1)
         _legend(axes)
 
-    charts = [("Loss", "nats", lines("loss")), ("k-NN accuracy (dashed: raw pixels)", "%", accuracy)]
+    charts = [("Loss", "nats", lines("loss"))]
+    charts += [("k-NN accuracy (dashed: raw pixels)", "%", accuracy)] if any(run.knn for run in runs) else []
     charts += [
         ("Embedding spread", "1 = evenly over the sphere", lines("embedding_std")),
         ("Effective rank of the embeddings", "dimensions", lines("effective_rank")),
-        ("Throughput", "images/s", lines("images_per_s")),
     ]
-    drawn = [charts[0], *([charts[1]] if any(run.knn for run in runs) else []), *charts[2:]]
+    if any("alignment" in run.lines[-1] for run in runs if run.lines):  # runs of old versions lack these
+        charts += [
+            ("Alignment: views of an image", "square of a distance", lines("alignment")),
+            ("Uniformity: different images", "nats", lines("uniformity")),
+            ("Use of the memory", "1 = all rows alike", lines("memory_usage")),
+        ]
+    charts += [("Throughput", "images/s", lines("images_per_s"))]
     if not any(run.lines for run in runs):
         return "<h2>Curves</h2><p>No step is recorded yet.</p>"
-    images = "".join(f"<img alt='{text(title)}' src='{chart(title, unit, draw, 'images seen')}'>" for title, unit, draw in drawn)
+    images = "".join(f"<img alt='{text(title)}' src='{chart(title, unit, draw, 'images seen')}'>" for title, unit, draw in charts)
     note = "By images seen, so that runs of different batches can be compared. Long runs are shown as means of 300 equal parts."
     return f"<h2>Curves</h2><p class='note'>{note}</p><div class='charts'>{images}</div>"
 

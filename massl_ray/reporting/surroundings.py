@@ -14,7 +14,6 @@ from massl_ray.evaluation.landscape import NEAR, landscape
 from massl_ray.evaluation.neighbours import nearest_neighbours
 from massl_ray.evaluation.subjects import Subject
 from massl_ray.reporting.gallery import Gallery
-from massl_ray.reporting.html import text
 from massl_ray.reporting.panels import GREEN, Tile, photo, sheet
 from massl_ray.reporting.pictures import png_bytes
 from massl_ray.reporting.plane import NAMED, draw_map
@@ -42,8 +41,10 @@ def look_around(subject: Subject, listing: Listing, how: Decoding) -> Surroundin
     return Surroundings(Features(torch.cat(rows[1:] or rows), places, labels), thumbs, listing)
 
 
-def draw_neighbours(gallery: Gallery, subject: Subject, slug: str, around: Surroundings, how: Decoding) -> None:
-    listing, found = around.listing, nearest_neighbours(around.features, around.listing)
+def draw_neighbours(
+    gallery: Gallery, subject: Subject, slug: str, around: Surroundings, how: Decoding, *, queries: int = 6
+) -> None:
+    listing, found = around.listing, nearest_neighbours(around.features, around.listing, queries=queries)
 
     def tile(entry: dict, query: dict | None = None) -> Tile:
         pixels = subject.view(Encoded(listing.read(entry["sample"]), how).pixels()[0])
@@ -57,13 +58,14 @@ def draw_neighbours(gallery: Gallery, subject: Subject, slug: str, around: Surro
         return
     rows = [[tile(query), *(tile(near, query) for near in query["neighbours"])] for query in found]
     titles = ["query", *(f"nearest {number}" for number in range(1, len(rows[0])))]
-    classes = " Classes, framed in green where they are the query's, were not used." if listing.labels is not None else ""
+    classes = "" if around.features.labels is None else _classes(found, around.features.labels, listing.classes)
     note = (
         f"Images, evenly spaced through {len(around.features.rows):,} of the source, and those nearest to them, with their "
         f"distances: 1 minus the cosine similarity of pooled features. Any two images are {1 - _any_two(around.features):.2g} "
         f"apart on average; only what is well below that says something.{classes}"
     )
-    gallery.add(title, note + _names(found), png_bytes(sheet(rows, (), titles)), f"neighbours_{slug}.png")
+    files = [(query["path"], [near["path"] for near in query["neighbours"]]) for query in found]
+    gallery.add(title, note, png_bytes(sheet(rows, (), titles)), f"neighbours_{slug}.png", files)
 
 
 def draw_landscape(gallery: Gallery, subject: Subject, slug: str, around: Surroundings, *, thumbnails: bool) -> None:
@@ -71,7 +73,7 @@ def draw_landscape(gallery: Gallery, subject: Subject, slug: str, around: Surrou
     try:
         made = landscape(rows.numpy())
     except ValueError as error:
-        gallery.add(title, f"{text(error).capitalize()}.")
+        gallery.add(title, f"{str(error).capitalize()}.")
         return
     labels = None if around.features.labels is None else around.features.labels.numpy()
     kept = f" {made.kept:.0%} of each image's {NEAR} nearest images are among its {NEAR} nearest points." if made.kept else ""
@@ -81,13 +83,15 @@ def draw_landscape(gallery: Gallery, subject: Subject, slug: str, around: Surrou
         "What is close together on the map is mostly similar; the distances between groups, their sizes and the axes mean nothing, "
         f"and groups appear in any data.{kept}{few}"
     )
+    if thumbnails:
+        note += " Images lie on a lattice, in each cell with points that of the point nearest to its middle."
     png = draw_map(made.points, labels, around.listing.classes, around.pixels if thumbnails else None)
     gallery.add(title, note, png, f"map_{slug}.png")
 
 
 def _distance(similarity: float) -> str:
     distance = max(0.0, 1 - similarity)
-    return f"{distance:.4f}" if distance < 0.01 else f"{distance:.2g}"
+    return f"{distance:.4f}" if distance < 0.01 else f"{distance:.3f}"
 
 
 def _any_two(features: Features) -> float:
@@ -96,9 +100,12 @@ def _any_two(features: Features) -> float:
     return float((rows.sum(0).square().sum() - n) / (n * (n - 1)))
 
 
-def _names(found: Sequence[dict]) -> str:
-    lines = "".join(
-        f"<tr><td>{text(query['path'])}</td><td>{'<br>'.join(text(near['path']) for near in query['neighbours'])}</td></tr>"
-        for query in found
+def _classes(found: Sequence[dict], labels: torch.Tensor, classes: Sequence[str]) -> str:
+    """How many neighbours have their query's class, and how many images chosen at random would."""
+    near = [other["class"] == query["class"] for query in found for other in query["neighbours"]]
+    counts = dict(zip(classes, torch.bincount(labels, minlength=len(classes)).tolist(), strict=True))
+    chance = np.mean([(counts[query["class"]] - 1) / (len(labels) - 1) for query in found])
+    return (
+        f" Classes were not used; green frames mark the query's: {sum(near)} of {len(near)}, where images chosen at random would "
+        f"be {chance * len(near):.0f}."
     )
-    return f"</p><details><summary>Their files</summary><table>{lines}</table></details><p>"
