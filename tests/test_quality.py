@@ -82,14 +82,6 @@ def test_alignment():
     assert "alignment" not in figures(vectors)
 
 
-def test_memory_usage():
-    memory = np.eye(8)
-    evenly = memory.repeat(5, 0)
-    assert figures(evenly, memory=memory)["memory_usage"] == pytest.approx(1)
-    assert figures(memory[[3] * 20], memory=memory)["memory_usage"] == 0
-    assert figures(memory[:4].repeat(5, 0), memory=memory)["memory_usage"] == pytest.approx(2 / 3)  # ln 4 / ln 8
-
-
 def test_intervals_hold_and_large_sets_are_sampled():
     vectors = normal(300, 6).astype(np.float32)
     split = Split(vectors, None)
@@ -101,7 +93,5 @@ def test_intervals_hold_and_large_sets_are_sampled():
 
 def test_refused():
     split = Split(normal(10, 4).astype(np.float32), None)
-    with pytest.raises(UserError, match="memory rows have 5 numbers and features 4"):
-        quality(split, split, memory=normal(7, 5))
     with pytest.raises(UserError, match="3 images or more"):
         quality(split, Split(split.vectors[:2], None))

@@ -20,7 +20,6 @@ def quality(
     test: Split,
     *,
     views_of: ViewsOf | None = None,
-    memory: np.ndarray | None = None,
     neighbours: int = 10,
     most: int = 2048,
     seed: int = 0,
@@ -33,7 +32,6 @@ def quality(
         lower is more even, about -4 on a sphere of many dimensions.
     hubness: skewness of how often an image is among the `neighbours` nearest of others (Radovanovic et al., JMLR 2010).
     alignment: mean of |x - y|^2 over images and a random crop of each, had of `views_of` (Wang and Isola, a = 2); only if given.
-    memory_usage: entropy of which row of `memory` (K, D) is nearest, over the largest there can be, log min(K, n); only if given.
     Pairs of images are of `most` images at most.
     """
     finite(test, "test", "quality")
@@ -52,20 +50,12 @@ def quality(
     if views_of is not None:
         distances = ((rows - unit(views_of("test", CROP).vectors)) ** 2).sum(axis=1)
         figures["alignment"] = jackknife_figure(lambda places: float(distances[places].mean()), len(rows), seed=seed)
-    if memory is not None:
-        if memory.shape[1:] != rows.shape[1:]:
-            raise UserError(
-                f"quality: memory rows have {memory.shape[1]} numbers and features {rows.shape[1]}; give embeddings of the head"
-            )
-        nearest = (torch.from_numpy(rows) @ torch.from_numpy(unit(memory)).T).argmax(1).numpy()
-        figures["memory_usage"] = jackknife_figure(lambda places: usage(nearest[places], len(memory)), len(rows), seed=seed)
     parameters: dict[str, Any] = {
         "vectors": "of length 1",
         "uniformity_t": 2,
         "neighbours": min(neighbours, len(some) - 1),
         "images_in_pairs": len(some),
         "alignment_with": described(CROP),
-        "memory_rows": None if memory is None else len(memory),
         "dims": rows.shape[1],
         "test_images": len(test),
         "seed": seed,
@@ -98,11 +88,3 @@ def hubness(close: torch.Tensor, k: int) -> float:
     counts = np.bincount(others.topk(k, dim=1).indices.flatten().numpy(), minlength=len(close)).astype(np.float64)
     spread = counts.std()
     return float((((counts - k) / spread) ** 3).mean()) if spread > 0 else 0.0
-
-
-def usage(nearest: np.ndarray, slots: int) -> float:
-    """Entropy of the shares of images whose nearest row it is, over the largest: 1 if all are used alike, 0 if one is."""
-    shares = np.bincount(nearest) / len(nearest)
-    shares = shares[shares > 0]
-    largest = np.log(min(slots, len(nearest)))
-    return float(-(shares * np.log(shares)).sum() / largest) if largest > 0 else 0.0
