@@ -158,8 +158,9 @@ def test_measured(flags, capsys, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["aws", "azure", "gcp", "kuberay"])
-def test_the_files_of_cluster(name, flags, capsys, monkeypatch):
+def test_the_files_of_cluster(name, flags, capsys, monkeypatch, tmp_path):
     """Nothing in them fails; this machine's disk and shared memory are not those of the run."""
+    monkeypatch.chdir(tmp_path)  # where no runs/demo is: that of `make demo` has another configuration
     monkeypatch.setattr(everything, "check_storage", lambda where: pytest.fail("run.dir is a path of another machine"))
     code, severities, _ = found_by(
         capsys, *flags[: -len(["--run.dir", "x"])], *AUTO, "--cluster", str(ROOT / "cluster" / f"{name}.yaml")
