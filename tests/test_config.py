@@ -11,7 +11,20 @@ import pytest
 from PIL import Image
 
 import massl_ray
-from massl_ray.config import Config, decided_as, fill, keys, load, parse_toml, presets, resolve, to_toml, validate
+from massl_ray.config import (
+    Config,
+    decided_as,
+    fill,
+    keys,
+    load,
+    parse_toml,
+    presets,
+    recorded,
+    recorded_toml,
+    resolve,
+    to_toml,
+    validate,
+)
 from massl_ray.errors import UserError
 
 PACKAGE = Path(massl_ray.__file__).parent
@@ -71,7 +84,7 @@ def test_recipes_are_the_papers():
         assert (optim.lr, optim.lr_final, resolved.warmup_images) == (lr, lr_final, warmup * images)
         assert (optim.weight_decay, optim.weight_decay_final, optim.clip_norm) == (0.04, 0.4, 3.0)
         assert (optim.teacher_momentum, optim.teacher_momentum_final, recipe.model.drop_path) == (momentum, 1.0, 0.1)
-        assert loss.koleo_weight == 0
+        assert (resolved.recipe, resolved.batch_slots, resolved.koleo_weight) == ("paper", False, 0)
 
 
 @pytest.mark.parametrize(
@@ -136,6 +149,32 @@ def test_resolve_follows_the_size_of_the_data_set():
     assert resolve(load(["--config", "/dev/null", "--train.epochs", "2", "--train.global_batch_size", "10"]), 55).steps == 11
 
 
+def test_the_batch_joins_the_memory_on_small_data_sets_only():
+    """The paper's recipe is one flag away, and each of the two settings stands alone."""
+    for images, flags, expected in (
+        (2_000, "", ("joined", True, 1.0)),
+        (999_999, "", ("joined", True, 1.0)),
+        (1_000_000, "", ("paper", False, 0.0)),
+        (1_000_000, "--loss.recipe joined", ("joined", True, 1.0)),
+        (2_000, "--loss.recipe paper", ("paper", False, 0.0)),
+        (2_000, "--loss.koleo_weight 0.1", ("joined", True, 0.1)),
+        (2_000, "--loss.batch_slots false", ("joined", False, 1.0)),
+    ):
+        resolved = resolve(load(["--preset", "vit_small", *flags.split()]), images)
+        assert (resolved.recipe, resolved.batch_slots, resolved.koleo_weight) == expected, flags
+    resolved = resolve(load("--memory.size 100 --memory.num_blocks 4 --train.global_batch_size 8".split()), 2_000)
+    assert (resolved.block_size, resolved.read_size) == (25, 25 + 16)
+
+
+def test_runs_of_before_compared_with_the_memory_alone():
+    """config.toml and manifests of before `loss.recipe` do not say it; what they meant is not today's default."""
+    written = keys(recorded({"loss": {"koleo_weight": 0.0}, "memory": {"size": 64}}))
+    assert [written[f"loss.{key}"] for key in ("recipe", "batch_slots", "koleo_weight")] == ["paper", False, 0.0]
+    assert written["memory.size"] == 64
+    later = fill(load(["--preset", "demo"]), resolve(load(["--preset", "demo"]), 3_000))
+    assert recorded_toml(to_toml(later), "config.toml") == later
+
+
 def test_filled_configuration_resolves_to_itself():
     """config.toml of a run holds no open end: it gives the same run again."""
     original = load(["--config", "/dev/null", "--train.epochs", "3"])
@@ -153,6 +192,9 @@ def test_what_an_earlier_start_decided_stands_in_for_auto():
     changed = {key: value for key, value in keys(decided).items() if value != keys(asked)[key]}
     assert changed == {
         "memory.size": 32768,
+        "loss.recipe": "joined",
+        "loss.batch_slots": True,
+        "loss.koleo_weight": 1.0,
         "loss.teacher_temp": pytest.approx(0.055, abs=1e-3),
         "loss.teacher_temp_start": 0.04,
         "loss.teacher_temp_epochs": pytest.approx(earlier.loss.teacher_temp_epochs),
@@ -240,7 +282,8 @@ OTHER = {
     "model.drop_path": 0.5, "head.num_layers": 2, "head.hidden_dim": 17, "head.dim": 9, "head.batch_norm": True,
     "memory.size": 48, "memory.num_blocks": 2, "memory.dtype": "bfloat16", "loss.student_temp": 0.2, "loss.teacher_temp": 0.05,
     "loss.teacher_temp_start": 0.03,
-    "loss.teacher_temp_epochs": 5.0, "loss.koleo_weight": 1.0, "optim.lr": 1.0, "optim.lr_final": 0.5, "optim.warmup_epochs": 5.0,
+    "loss.teacher_temp_epochs": 5.0, "loss.koleo_weight": 0.3, "loss.recipe": "paper", "loss.batch_slots": False,
+    "optim.lr": 1.0, "optim.lr_final": 0.5, "optim.warmup_epochs": 5.0,
     "optim.weight_decay": 0.9, "optim.weight_decay_final": 0.9, "optim.clip_norm": 1e-3, "optim.teacher_momentum": 0.5,
     "optim.teacher_momentum_final": 0.6, "train.epochs": 9.0, "train.steps": 20, "train.stop_at": 4, "train.global_batch_size": 8,
     "train.micro_batch_size": 2,

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from massl_ray.keyed import Stream, generator
-from massl_ray.method.memory import Memory, block_permutation
+from massl_ray.method.memory import Memory, block_permutation, joined_slots, memory_slots
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -113,3 +113,21 @@ def test_block_permutation_changes_with_seed_and_step_and_leaves_out_other_slots
     drawn = {tuple(block_permutation(seed, step, 9, 5).tolist()) for seed in (0, 1) for step in range(10)}
     assert len(drawn) == 20
     assert set().union(*drawn) == set(range(9))  # nobody is left out for good
+
+
+def test_the_batch_joins_every_block():
+    """Each block holds its own slots of the memory, in their order, and then every row of the batch."""
+    memory, permutation, batch = ring(7), torch.tensor([4, 0, 6, 2, 1, 5]), numbered(100, 4)
+    slots = joined_slots(memory, permutation, 3, batch)
+    assert slots.block_size == 3 + 4
+    for block, places in enumerate(((4, 0, 6), (2, 1, 5))):
+        rows = slots.rows[slots.order.view(2, 7)[block]]
+        assert torch.equal(rows, torch.cat([memory.rows[list(places)], batch]))
+    alone = memory_slots(memory, permutation, 3)
+    assert alone.rows is memory.rows and alone.order is permutation and alone.block_size == 3
+
+
+def test_the_batch_joins_in_the_precision_of_the_memory():
+    memory = Memory(4, 2, dtype=torch.bfloat16)
+    slots = joined_slots(memory, torch.arange(4), 2, torch.tensor([[0.1, 0.2]]))
+    assert slots.rows.dtype == torch.bfloat16 and torch.equal(slots.rows[4:], torch.tensor([[0.1, 0.2]]).bfloat16())

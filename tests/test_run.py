@@ -67,6 +67,9 @@ def test_every_auto_is_filled_in(plain):
     expected = {
         "memory.size": 8192,
         "memory.num_blocks": 8,
+        "loss.recipe": "joined",
+        "loss.batch_slots": True,
+        "loss.koleo_weight": 1.0,
         "loss.teacher_temp": 0.04,
         "loss.teacher_temp_start": 0.04,
         "train.micro_batch_size": 4,

@@ -73,10 +73,10 @@ def tiny_vit() -> Encoder:
         return Encoder(backbone, Head(64, HeadSection(hidden_dim=32, dim=16))).double()
 
 
-def run(size: int, steps: int = 3) -> State:
+def run(size: int, steps: int = 3, settings: StepSettings = SETTINGS) -> State:
     state = state_of(tiny_vit(), tiny_vit(), Memory(64, 16, dtype=torch.float64))
     for step in range(steps):
-        train_step(state, cut(8, size, seed=step), Schedule(0, 1e-3, 0.04, 0.9, 0.04), SETTINGS, Local())
+        train_step(state, cut(8, size, seed=step), Schedule(0, 1e-3, 0.04, 0.9, 0.04), settings, Local())
     return state
 
 
@@ -122,6 +122,44 @@ def test_signs_of_collapse_are_of_the_teacher_and_of_the_memory_before(size):
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-9)
     others = [memory_usage(second, rows) for rows in (state.memory.rows[8:24], before, before[:16])]
     assert found[-1] < 0.9 and torch.stack(others).tolist() == pytest.approx([1, 1, 1]), "the test tells them apart"
+
+
+def test_the_batch_is_compared_with_itself_where_settings_say_so():
+    """The loss is that of a plain loop in which every block's softmax also runs over the teacher's rows of all images."""
+    state = state_of(tiny_vit(), tiny_vit(), Memory(16, 16, dtype=torch.float64))
+    memory, batch = (
+        state.memory.rows.clone(),
+        replace(cut(4, 2, 0), permutation=torch.randperm(16, generator=torch.Generator().manual_seed(1))),
+    )
+    whole = prepare_views(cut(4, 4, 0).micro_batches[0], SETTINGS)
+    with torch.no_grad():
+        teacher, student = state.teacher(whole[:1]).view(2, 4, -1), state.student(whole).view(4, 4, -1)
+    losses = []
+    for places in batch.permutation.split(8):
+        rows = torch.cat([memory[places], teacher.flatten(0, 1)])
+        for i, view in enumerate(student):
+            for j, target in enumerate(teacher):
+                if i != j:
+                    wanted = (target @ rows.T / 0.04).softmax(1)
+                    losses.append(-(wanted * (view @ rows.T / 0.1).log_softmax(1)).sum(1).mean())
+    settings = replace(SETTINGS, block_size=8, batch_slots=True)
+    metrics = train_step(state, batch, Schedule(0, 0.0, 0.0, 1.0, 0.04), settings, Local())
+    assert metrics[METRICS.index("loss")].item() == pytest.approx(torch.stack(losses).mean().item(), rel=1e-10)
+    torch.testing.assert_close(state.memory.rows[:4], teacher[1])
+    torch.testing.assert_close(state.memory.rows[4:], memory[4:])
+
+
+def test_micro_batches_add_up_where_the_batch_joins_the_memory():
+    """Each micro-batch is compared with the rows of the whole batch, whoever computed them."""
+    settings = replace(SETTINGS, batch_slots=True)
+    whole, *others = (run(size, settings=settings) for size in (8, 4, 2))
+    for parts in others:
+        for name, value in whole.student.state_dict().items():
+            torch.testing.assert_close(
+                parts.student.state_dict()[name], value, rtol=1e-6, atol=1e-7
+            )  # AdamW divides by small moments
+        torch.testing.assert_close(parts.memory.rows, whole.memory.rows, rtol=1e-6, atol=1e-8)
+    assert (run(8).memory.rows - whole.memory.rows).norm() > 1e-3, "the batch makes a difference"
 
 
 def test_the_gather_hides_behind_the_student():

@@ -86,6 +86,18 @@ def parse_toml(text: str, name: str) -> dict[str, Any]:
         raise UserError(f"{name} is not valid TOML: {error}.") from None
 
 
+def recorded(values: Mapping[str, Any]) -> Config:
+    """The configuration that a run's config.toml or a checkpoint holds, as nested values. What settings that came later were then
+    is filled in: runs of before `loss.recipe` compared with the memory alone. Raises UserError."""
+    before = {"loss": {"recipe": "paper", "batch_slots": False}} if "recipe" not in values.get("loss", {}) else {}
+    return validate(merge(before, values))
+
+
+def recorded_toml(text: str, name: str) -> Config:
+    """The same of a config.toml's text; `name` says in messages where it is from. Raises UserError."""
+    return recorded(parse_toml(text, name))
+
+
 def to_toml(config: Config) -> str:
     """Write a configuration as TOML that `load(['--config', FILE])` reads back to an equal one, but for the secrets of addresses.
     None is left out: it is the default."""

@@ -16,6 +16,9 @@ class Resolved:
     memory_size: int
     num_blocks: int
     block_size: int
+    recipe: str  # "paper" or "joined"
+    batch_slots: bool
+    koleo_weight: float
     teacher_temp: float
     teacher_temp_start: float
     teacher_temp_images: float
@@ -30,6 +33,11 @@ class Resolved:
     @property
     def total_images(self) -> int:
         return self.steps * self.batch_size
+
+    @property
+    def read_size(self) -> int:
+        """Slots that one read compares with: those of a block, and the batch's own two an image where they join it."""
+        return self.block_size + (2 * self.batch_size if self.batch_slots else 0)
 
     @property
     def num_micro_batches(self) -> int:
@@ -60,12 +68,16 @@ def resolve(config: Config, dataset_size: int) -> Resolved:
             f"raise memory.size to {2 * num_blocks} or more, or lower memory.num_blocks."
         )
     teacher_temp = _or_auto(config.loss.teacher_temp, round(0.04 + 0.03 * rise, 4))
+    recipe = _or_auto(config.loss.recipe, "joined" if dataset_size < LARGE else "paper")
     warmup_default = 0.0 if dataset_size >= LARGE else min(10.0, epochs / 10)
     return Resolved(
         dataset_size=dataset_size,
         memory_size=memory_size,
         num_blocks=num_blocks,
         block_size=memory_size // num_blocks,
+        recipe=recipe,
+        batch_slots=_or_auto(config.loss.batch_slots, recipe == "joined"),
+        koleo_weight=_or_auto(config.loss.koleo_weight, 1.0 if recipe == "joined" else 0.0),
         teacher_temp=teacher_temp,
         teacher_temp_start=_or_auto(config.loss.teacher_temp_start, min(0.04, teacher_temp)),
         teacher_temp_images=_or_auto(config.loss.teacher_temp_epochs, min(30.0, epochs / 10)) * dataset_size,
@@ -87,6 +99,9 @@ def fill(config: Config, resolved: Resolved) -> Config:
             {
                 "memory": {"size": resolved.memory_size, "num_blocks": resolved.num_blocks},
                 "loss": {
+                    "recipe": resolved.recipe,
+                    "batch_slots": resolved.batch_slots,
+                    "koleo_weight": resolved.koleo_weight,
                     "teacher_temp": resolved.teacher_temp,
                     "teacher_temp_start": resolved.teacher_temp_start,
                     "teacher_temp_epochs": resolved.teacher_temp_images / epochs,

@@ -153,6 +153,13 @@ class MemorySection(Section):
 class LossSection(Section):
     """The read-out loss."""
 
+    recipe: Literal["auto", "paper", "joined"] = "auto"
+    """What loss.batch_slots and loss.koleo_weight are where they are auto. paper: the memory alone, no spread term. joined: the
+    batch joins every block, and KoLeo weighs 1, which learns more from small data sets (docs/log.md). auto: joined below a million
+    images, else paper."""
+    batch_slots: bool | Auto = "auto"
+    """Whether the teacher's embeddings of the step's own images join every block of the memory before it is read. auto: by
+    loss.recipe."""
     student_temp: Positive = 0.1
     """Temperature of the student's similarities."""
     teacher_temp: Positive | Auto = "auto"
@@ -162,8 +169,9 @@ class LossSection(Section):
     """Temperature of the teacher's similarities at the first step. auto: 0.04, or teacher_temp where that is lower."""
     teacher_temp_epochs: Annotated[float, Field(ge=0)] | Auto = "auto"
     """Epochs over which the teacher's temperature rises. auto: 30, at most a tenth of the run."""
-    koleo_weight: Annotated[float, Field(ge=0)] = 0.0
-    """Weight of the KoLeo spread term on the student's global embeddings. The paper's recipes use 0."""
+    koleo_weight: Annotated[float, Field(ge=0)] | Auto = "auto"
+    """Weight of the KoLeo spread term on the student's global embeddings. It looks at one micro-batch, so it wants
+    train.micro_batch_size of 32 or more. auto: by loss.recipe, 1 or 0."""
 
 
 class OptimSection(Section):

@@ -54,7 +54,8 @@ def readout_loss(
         student: (V*B, D) unit rows, view-major: rows 0..B-1 are view 0, then view 1, ...
         teacher: (2*B, D) unit rows of the two global views, view-major. Gets no gradient.
         memory: (K, D) rows as they were before this batch.
-        permutation: (K // S * S,) int64, slots in block order; block b is permutation[b*S:(b+1)*S].
+        permutation: (K // S * S,) int64, slots in block order; block b is permutation[b*S:(b+1)*S]. A slot may be in several
+            blocks.
         num_views: V, at least 2.
         block_size: S.
         student_temp, teacher_temp: temperatures tau_s and tau_t.
@@ -131,8 +132,8 @@ def _check(student: Tensor, teacher: Tensor, memory: Tensor, permutation: Tensor
         )
     if memory.shape[1] != student.shape[1]:
         raise ValueError(f"memory rows are {memory.shape[1]} wide, embeddings {student.shape[1]}")
-    if not len(permutation) or len(permutation) % block_size or len(permutation) > len(memory):
+    if not len(permutation) or len(permutation) % block_size or block_size > len(memory):
         raise ValueError(
             f"permutation has {len(permutation)} slots: it must be a positive multiple of block_size "
-            f"{block_size}, at most {len(memory)}"
+            f"{block_size}, which is at most {len(memory)}"
         )

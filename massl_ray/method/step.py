@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from massl_ray.method.collapse import alignment, signs_of_collapse
 from massl_ray.method.koleo import koleo_loss
-from massl_ray.method.memory import Memory
+from massl_ray.method.memory import Memory, joined_slots, memory_slots
 from massl_ray.method.network import Encoder
 from massl_ray.method.optim import clip_per_parameter, set_schedule, update_teacher
 from massl_ray.method.readout import readout_loss
@@ -61,6 +61,7 @@ class StepSettings:
     autocast: torch.dtype | None
     device: torch.device
     dtype: torch.dtype = torch.float32  # of parameters and pixels
+    batch_slots: bool = False  # the batch's own teacher embeddings join every block
 
 
 class Collectives(Protocol):
@@ -100,7 +101,8 @@ METRICS = (
 
 def train_step(state: State, batch: Batch, schedule: Schedule, settings: StepSettings, collectives: Collectives) -> Tensor:
     """Advance `state` by one optimizer step and return the METRICS, (len(METRICS),), the same on every worker, without waiting
-    for the device. The batch is compared with the memory as it was before; it is written afterwards."""
+    for the device. The batch is compared with the memory as it was before, and where settings.batch_slots says so also with its
+    own teacher embeddings; those of the second global views are written afterwards."""
     student_statistics, teacher_statistics = RunningStatistics(state.student), RunningStatistics(state.teacher)
     views = [prepare_views(micro, settings) for micro in batch.micro_batches]
 
@@ -109,8 +111,12 @@ def train_step(state: State, batch: Batch, schedule: Schedule, settings: StepSet
         for groups in views:
             targets.append(state.teacher(groups[:1]))
             teacher_statistics.after_micro_batch()
-    second_global = torch.cat([rows.chunk(2)[1] for rows in targets])
-    gathered = collectives.start_gather(second_global)
+    gathered = collectives.start_gather(torch.cat([_by_image(rows) for rows in targets]))
+    if settings.batch_slots:
+        own = torch.cat(gathered().chunk(2, dim=1))
+        slots = joined_slots(state.memory, batch.permutation, settings.block_size, own)
+    else:
+        slots = memory_slots(state.memory, batch.permutation, settings.block_size)
 
     figures = []
     state.optimizer.zero_grad(set_to_none=True)
@@ -121,10 +127,10 @@ def train_step(state: State, batch: Batch, schedule: Schedule, settings: StepSet
             read = readout_loss(
                 embeddings,
                 target,
-                state.memory.rows,
-                batch.permutation,
+                slots.rows,
+                slots.order,
                 num_views=len(embeddings) // (len(target) // 2),
-                block_size=settings.block_size,
+                block_size=slots.block_size,
                 student_temp=settings.student_temp,
                 teacher_temp=schedule.teacher_temp,
             )
@@ -142,7 +148,7 @@ def train_step(state: State, batch: Batch, schedule: Schedule, settings: StepSet
     update_teacher(state.teacher, state.student, schedule.teacher_momentum)
     for statistics in (student_statistics, teacher_statistics):
         statistics.finish(batch.num_micro_batches, collectives.total)
-    newest = gathered()
+    newest = gathered().chunk(2, dim=1)[1]
     signs = signs_of_collapse(newest, state.memory.rows[batch.permutation[: settings.block_size]])
     state.memory.write(newest)
     state.step += 1
@@ -160,6 +166,11 @@ def prepare_views(micro: MicroBatch, settings: StepSettings) -> list[Tensor]:
             pixels = views.to(settings.device, non_blocking=True).transpose(0, 1).flatten(0, 1)
             groups.append(((pixels.to(settings.dtype) - mean) * scale).permute(0, 3, 1, 2))
     return groups
+
+
+def _by_image(rows: Tensor) -> Tensor:
+    """A row an image, (b, 2D), of the embeddings (2b, D) of its two global views."""
+    return torch.cat(rows.chunk(2), dim=1)
 
 
 def _koleo(embeddings: Tensor, batch: int) -> Tensor:

@@ -88,8 +88,9 @@ def readout_bytes(config: Config, resolved: Resolved, device: str) -> int:
     with FakeTensorMode():
         student = torch.empty(views * size, dim, device=device, requires_grad=True)
         teacher = torch.empty(2 * size, dim, device=device)
-        rows = torch.empty(resolved.memory_size, dim, device=device, dtype=getattr(torch, config.memory.dtype))
-        slots = torch.empty(resolved.num_blocks * resolved.block_size, device=device, dtype=torch.int64)
+        joined = resolved.read_size - resolved.block_size
+        rows = torch.empty(resolved.memory_size + joined, dim, device=device, dtype=getattr(torch, config.memory.dtype))
+        slots = torch.empty(resolved.num_blocks * resolved.read_size, device=device, dtype=torch.int64)
         with Live() as live:
             readout_loss(
                 student,
@@ -97,7 +98,7 @@ def readout_bytes(config: Config, resolved: Resolved, device: str) -> int:
                 rows,
                 slots,
                 num_views=views,
-                block_size=resolved.block_size,
+                block_size=resolved.read_size,
                 student_temp=config.loss.student_temp,
                 teacher_temp=resolved.teacher_temp,
             )

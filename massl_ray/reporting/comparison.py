@@ -9,7 +9,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from massl_ray.config import keys, parse_toml, validate
+from massl_ray.config import keys, recorded_toml
 from massl_ray.errors import UserError
 from massl_ray.reporting.summary import read_knn, read_metrics
 from massl_ray.shown import in_a_line, redacted
@@ -169,7 +169,7 @@ def _read(folder: Path, name: str) -> RunFiles:
     if not config.is_file():
         raise UserError(f"{folder} is no run directory: it has no config.toml. Give directories of --run.dir on this machine.")
     try:
-        settings = keys(validate(parse_toml(config.read_text(), str(config))))
+        settings = keys(recorded_toml(config.read_text(), str(config)))
         summary = json.loads((folder / "summary.json").read_text()) if (folder / "summary.json").exists() else {}
         lines = [line for line in read_metrics(folder) if {"step", "images_seen"} <= line.keys()]
         return RunFiles(name, folder, settings, lines, read_knn(folder), dict(summary), _evaluations(folder / "eval"))

@@ -60,7 +60,7 @@ def train(run: Run, state: State, batches: Iterable[Views], collectives: Local |
     device = state.memory.rows.device
     settings = step_settings(config, resolved, device)
     pending = PendingMetrics(run, collectives.world_size)
-    monitor = HealthMonitor(config.monitor, resolved.block_size)
+    monitor = HealthMonitor(config.monitor, resolved.read_size)
     skipped = 0.0
     if state.step == 0:
         recorder.evaluate(state)

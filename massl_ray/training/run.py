@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from massl_ray.config import IMAGENET_GRAY, Config, Resolved, decided_as, fill, keys, parse_toml, resolve, to_toml, validate
+from massl_ray.config import IMAGENET_GRAY, Config, Resolved, decided_as, fill, keys, recorded_toml, resolve, to_toml
 from massl_ray.data.decode import Decoding
 from massl_ray.data.demo import cache_folder
 from massl_ray.data.listing import Listing
@@ -157,7 +157,7 @@ def _earlier_start(folder: Folder) -> Config | None:
     try:
         names = [name for name in folder.entries() if name[0] != "."]
         if "config.toml" in names:
-            return validate(parse_toml(folder.read_text("config.toml"), str(folder / "config.toml")))
+            return recorded_toml(folder.read_text("config.toml"), str(folder / "config.toml"))
     except OSError as error:
         raise UserError(f"run.dir: {folder} cannot be read ({reason(error)}). Choose another --run.dir.") from None
     except UnicodeDecodeError as error:
