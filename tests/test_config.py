@@ -162,8 +162,8 @@ def test_the_batch_joins_the_memory_on_small_data_sets_only():
     ):
         resolved = resolve(load(["--preset", "vit_small", *flags.split()]), images)
         assert (resolved.recipe, resolved.batch_slots, resolved.koleo_weight) == expected, flags
-    resolved = resolve(load("--memory.size 100 --memory.num_blocks 4 --train.global_batch_size 8".split()), 2_000)
-    assert (resolved.block_size, resolved.read_size) == (25, 25 + 16)
+    resolved = resolve(load("--memory.size 100 --memory.num_blocks 4 --train.global_batch_size 64".split()), 2_000)
+    assert (resolved.block_size, resolved.read_size) == (25, 25 + 128)
 
 
 def test_runs_of_before_compared_with_the_memory_alone():

@@ -23,7 +23,14 @@ from massl_ray.training.checkpoint import list_checkpoints, read_manifest
 from massl_ray.training.run import Run, claim_directory, prepare_run
 
 STEPS, LOSS_STEPS = 60, 30
-FLAGS = {"train.steps": STEPS, "model.drop_path": 0.1, "train.checkpoint_every": 10, "train.log_every": 1, "eval.knn_every": 0}
+FLAGS = {
+    "train.steps": STEPS,
+    "train.micro_batch_size": 16,  # four to share out
+    "model.drop_path": 0.1,
+    "train.checkpoint_every": 10,
+    "train.log_every": 1,
+    "eval.knn_every": 0,
+}
 
 
 def run(device: torch.device, rounds: int = 1) -> dict[str, Any]:

@@ -24,7 +24,13 @@ STEPS = 500  # enough that all happens while it trains, on two cores
 LOOK_S = 0.25
 NOTICE_S = 30.0  # what Google Cloud gives
 PATIENCE_S = 240.0  # for any one thing to happen
-FLAGS = {"train.log_every": 1, "train.checkpoint_every": 100, "eval.knn_every": 0, "elastic.max_lost_seconds": 10}
+FLAGS = {
+    "train.micro_batch_size": 16,  # four to share out
+    "train.log_every": 1,
+    "train.checkpoint_every": 100,
+    "eval.knn_every": 0,
+    "elastic.max_lost_seconds": 10,
+}
 
 
 @dataclass

@@ -115,7 +115,8 @@ def _run_side(stock: bool) -> dict[str, Any]:
     from massl_ray.on_ray.practice import Scenario, practice_cluster, run_through
     from massl_ray.training.run import claim_directory, prepare_run
 
-    flags = ["--train.steps", "100000", "--train.checkpoint_every", "10", "--eval.knn_every", "0", "--elastic.max_workers", "2"]
+    flags = "--train.steps 100000 --train.micro_batch_size 16 --train.checkpoint_every 10 --eval.knn_every 0".split()
+    flags += ["--elastic.max_workers", "2"]
     account = Account()
     with TemporaryDirectory() as folder, practice_cluster(1, fast=not stock) as cluster:
         run = claim_directory(prepare_run(load([*flags, "--run.dir", str(Path(folder) / "run")])))
