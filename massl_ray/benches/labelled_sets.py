@@ -5,6 +5,7 @@ MASSL_RAY_PACKAGES names, and else fetched with the registries' own clients; not
 """
 
 import gzip
+import hashlib
 import os
 import re
 import shutil
@@ -16,6 +17,7 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -45,6 +47,16 @@ class LabelledSet:
     name: str
     train: Listing
     test: Listing
+
+    @cached_property
+    def content(self) -> str:
+        """A hash of the images and labels of both sides: figures of other images are other figures."""
+        digest = hashlib.sha256()
+        for listing in (self.train, self.test):
+            for sample in range(len(listing)):
+                digest.update(hashlib.sha256(listing.read(sample)).digest())
+            digest.update(listing.labels.tobytes() if listing.labels is not None else b"")
+        return digest.hexdigest()[:16]
 
 
 def open_sets(asked: str) -> tuple[list[LabelledSet], list[str]]:
