@@ -24,6 +24,7 @@ from massl_ray.sweeping.trials import (
     row_of,
     scores,
     settings_of,
+    shown,
     shrink,
     trials_of,
     write_outcome,
