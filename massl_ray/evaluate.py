@@ -28,7 +28,8 @@ Measure what frozen features are worth, each figure with its 95 % interval. Seve
   a folder or file           that massl-ray export wrote
   a weights file             .safetensors, .pth or .pt, with --backbone NAME: of DINO, iBOT, supervised training and others
   a timm model name          with timm's weights; untrained:NAME without
-  untrained:RUN              a run's backbone before the first step
+  untrained:RUN              a run's backbone before the first step, its running statistics adapted to the run's images; that of
+                             untrained:NAME are adapted to the train images
   python:MODULE:CALLABLE     a module of your own that maps (n, C, H, W) to (n, D); your code is run
   pixels                     the images themselves, at 32 px
 
@@ -40,7 +41,7 @@ Measure what frozen features are worth, each figure with its 95 % interval. Seve
   --landmarks DIR      image retrieval on revisited Oxford or Paris: a folder with jpg and gnd_*.pkl
   --clips DIR          video object segmentation on DAVIS, or what lies as it does
   --backbone NAME      of weights files that do not say their architecture
-  --ks LIST            neighbours of knn [10,20,100,200]
+  --ks LIST            neighbours of knn [1,10,20,100,200]
   --augment N          linear: trained on N random crops of each image instead of the centred view [0]
   --seed N             of held-out parts, draws and intervals [0]
   --out DIR            where eval files go; without it into the run's eval/, and into its report.html
@@ -78,7 +79,7 @@ def read_arguments(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[s
     parser.add_argument("--landmarks")
     parser.add_argument("--clips")
     parser.add_argument("--backbone")
-    parser.add_argument("--ks", type=_numbers, default=[10, 20, 100, 200])
+    parser.add_argument("--ks", type=_numbers, default=[1, 10, 20, 100, 200])
     parser.add_argument("--augment", type=int, default=0)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out")

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from massl_ray.errors import UserError
 from massl_ray.evaluation.clips import clip_result, open_clips
-from massl_ray.evaluation.subjects import Pooled, Subject, open_subject
+from massl_ray.evaluation.foreign import Pooled
+from massl_ray.evaluation.subjects import Subject, open_subject
 from tests.storages import in_memory
 
 CPU = torch.device("cpu")

@@ -22,6 +22,7 @@ def make_run(folder: Path, steps: int = 6, *flags: str, knn: bool = True, done: 
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     for step, name, top1 in [(0, "pixels", 0.3), (0, "untrained", 0.4), (3, "step_3", 0.7), (6, "step_6", 0.6)] if knn else []:
         record = {"features": name, "step": step, "top1": top1, "k": 20, "temperature": 0.07, "bank_images": 9, "query_images": 3}
+        record |= {"adapted": True} if name == "untrained" else {"top1_k1": top1 - 0.125}
         (folder / "eval" / f"knn_{name}.json").write_text(json.dumps(record))
     if done:
         (folder / "summary.json").write_text(json.dumps({"steps": steps, "wall_s": 61.0}))
@@ -44,6 +45,8 @@ def test_figures_settings_and_curves(tmp_path):
     assert first["steps"] == "6" and second["steps"] == "3 (unfinished)"
     assert first["loss, last"] == "3.400" and second["loss, last"] == "3.700"
     assert (first["k-NN, last"], first["k-NN, best"], first["k-NN, raw pixels"]) == ("60.0%", "70.0% at step 3", "30.0%")
+    assert first["k-NN, untrained"] == "40.0%, statistics adapted" and first["k-NN at k = 1, last"] == "47.5%"
+    assert first["k-NN, last over untrained"] == "+20.0 points" and second["k-NN, last over untrained"] == "-"
     assert second["k-NN, last"] == second["wall time"] == "-" and first["wall time"] == "61 s"
     assert first["images/s, median"] == "103.5"
     assert settings_table(runs) == [["", "one", "two"], ["memory.size", "64", "128"], ["optim.lr", "0.0005", "0.1"]]
@@ -54,6 +57,16 @@ def test_figures_settings_and_curves(tmp_path):
     said = " ".join(cautions(runs))
     assert "different scales, because of memory.size" in said and "different numbers of images" in said and "one seed" in said
     assert not cautions(read_runs([one, one]))
+
+
+def test_gains_of_old_runs_are_not_compared_in_silence(tmp_path):
+    old = make_run(tmp_path / "old")
+    path = old / "eval" / "knn_untrained.json"
+    path.write_text(json.dumps({key: value for key, value in json.loads(path.read_text()).items() if key != "adapted"}))
+    new = make_run(tmp_path / "new")
+    assert any("statistics were not adapted" in sentence for sentence in cautions(read_runs([old, new])))
+    assert figures(read_runs([old])[0])["k-NN, untrained"] == "40.0%"
+    assert not cautions(read_runs([old, old])) and not cautions(read_runs([new, new]))
 
 
 def test_page_and_console_and_json(tmp_path, capsys):

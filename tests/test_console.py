@@ -125,9 +125,15 @@ def test_knn(said, clock):
     knn = {"kind": "knn", "step": 0, "top1": 0.5}
     assert said(
         knn | {"features": "pixels"},
-        knn | {"features": "untrained", "top1": 0.6},
-        knn | {"features": "step_40", "step": 40, "top1": 0.7125},
-    ) == ["k-NN      50.0%  raw pixels", "k-NN      60.0%  untrained backbone", "k-NN      71.2%  step 40"]
+        knn | {"features": "untrained", "top1": 0.6, "top1_k1": 0.5, "adapted": True},
+        knn | {"features": "untrained", "top1": 0.6, "adapted": False},
+        knn | {"features": "step_40", "step": 40, "top1": 0.7125, "top1_k1": 0.65, "mean_per_class": 0.3},
+    ) == [
+        "k-NN      50.0%  raw pixels",
+        "k-NN      60.0%  untrained, statistics adapted (k = 1 50.0%)",
+        "k-NN      60.0%  untrained",
+        "k-NN      71.2%  step 40 (k = 1 65.0%, mean per class 30.0%)",
+    ]
     assert "data wait 25%  k-NN 71.2%  " in said(metrics(50))[0]
 
 
@@ -197,6 +203,11 @@ SUMMARY = {
     "knn_pixels": 0.5,
     "knn_untrained": 0.6,
     "knn_final": 0.8,
+    "knn1_pixels": 0.85,
+    "knn1_untrained": 0.55,
+    "knn1_final": 0.75,
+    "knn_adapted": True,
+    "knn_queries": 1000,
 }
 
 
@@ -205,14 +216,16 @@ def test_finished(console, capsys, tmp_path):
     console.finished(SUMMARY, tmp_path / "report.html")
     assert capsys.readouterr().out.splitlines() == [
         "Done      1,200 steps in 2 min, loss 2.346, 100 images/s",
-        "k-NN      50.0% raw pixels, 60.0% untrained backbone, 80.0% trained",
+        "k-NN      50.0% raw pixels; 60.0% untrained, statistics adapted; 80.0% trained: +20.0 points by training",
+        "k = 1     85.0% raw pixels; 55.0% untrained, statistics adapted; 75.0% trained",
+        "Note      Raw pixels are better than the trained backbone: 85.0% for 75.0% at k = 1.",
         f"Skipped   2 unreadable images, listed in {tmp_path / 'skipped.jsonl'}",
         f"Report    {tmp_path / 'report.html'}",
     ]
 
 
 def test_finished_without_knn(console, capsys, tmp_path):
-    console.finished(SUMMARY | {"knn_pixels": None, "knn_untrained": None, "knn_final": None}, tmp_path / "report.html")
+    console.finished({key: None if key.startswith("knn") else value for key, value in SUMMARY.items()}, tmp_path / "report.html")
     assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == ["Done", "Report"]
 
 

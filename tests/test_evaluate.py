@@ -1,6 +1,7 @@
 """massl-ray evaluate: one command, a table of figures with intervals, records, and a sentence for every mistake."""
 
 import json
+from dataclasses import replace
 from itertools import product
 
 import cv2
@@ -13,10 +14,12 @@ from massl_ray import evaluate
 from massl_ray.config import keys, load, to_toml
 from massl_ray.data.listing import Listing
 from massl_ray.data.sources import hold_out, open_source
+from massl_ray.evaluation.adapted import adapt_statistics, shuffled, training_views
 from massl_ray.evaluation.corruptions import CORRUPTIONS
 from massl_ray.evaluation.features import backbone_features, pixel_features
 from massl_ray.evaluation.knn import knn_accuracy
 from massl_ray.evaluation.protocols import PROTOCOLS
+from massl_ray.evaluation.subjects import open_subject
 from massl_ray.method.network import build_encoder
 from massl_ray.training.checkpoint import write_checkpoint
 from massl_ray.training.run import write_atomically
@@ -67,11 +70,14 @@ def test_a_run_beside_others_in_one_table(run, images, capsys, monkeypatch):
     trained, untrained, pixels = (records[f"evaluation_{name}_images.json"] for name in names)
     figure = trained["protocols"]["knn"]["figures"]["top1_k3"]
     assert figure["low"] <= figure["value"] <= figure["high"] and f"{figure['value']:.3f} [" in lines[1]
-    assert trained["protocols"] == untrained["protocols"]  # this run never took a step
+    assert trained["backbone_sha256"] != untrained["backbone_sha256"]  # of a run that took no step: its statistics are adapted
+    assert untrained["from"]["adapted"] is True and untrained["from"]["adapted_on"] == f"training views of {images}"
     bank, queries = hold_out(open_source(str(images)))
     config, cpu = load(["--config", str(run / "config.toml")]), torch.device("cpu")
     backbone = build_encoder(config).backbone
+    adapted = adapt_statistics(backbone, training_views(open_source(str(images)), config))
     for record, sides in (
+        (untrained, [backbone_features(adapted, side, config, cpu) for side in (bank, queries)]),
         (trained, [backbone_features(backbone, side, config, cpu) for side in (bank, queries)]),
         (pixels, [pixel_features(side, config.data) for side in (bank, queries)]),
     ):
@@ -83,6 +89,24 @@ def test_a_run_beside_others_in_one_table(run, images, capsys, monkeypatch):
     assert trained["data"]["train_images"] + trained["data"]["test_images"] == 90 and trained["data"]["classes"] == 3
     report = (run / "report.html").read_text()
     assert "<h2>Evaluation</h2>" in report and f"{figure['value']:.3f} [" in report
+
+
+def test_what_has_no_run_is_adapted_to_the_train_images(images, capsys, tmp_path):
+    """Centre views, in batches of 64; the figures and the hash are those of the adapted backbone."""
+    flags = ["--data.source", images, "--ks", "3", "--views.global_size", "32", "--out", tmp_path / "out", "--json"]
+    code, out, err = call(capsys, "untrained:test_resnet", "untrained:test_vit", *flags)
+    assert code == 0 and "untrained:test_resnet: running statistics are adapted to centre views of" in err
+    conv, vit = json.loads(out)["records"]
+    assert conv["from"]["adapted"] is True and conv["from"]["adapted_on"] == f"centre views of {images}"
+    assert vit["from"]["adapted"] is False and "untrained:test_vit: running" not in err
+    subject = open_subject("untrained:test_resnet", size=32)
+    bank, _ = hold_out(open_source(str(images)))
+    order = shuffled(bank)
+    views = [subject.view(cv2.imread(order.path(place))[:, :, ::-1]) for place in range(len(bank))]
+    batches = subject.normalized(torch.from_numpy(np.stack(views))).split(64)
+    assert len(batches) == 2
+    expected = replace(subject, backbone=adapt_statistics(subject.backbone, batches))
+    assert conv["backbone_sha256"] == expected.sha256 != subject.sha256
 
 
 def test_features_are_computed_once(run, capsys, monkeypatch):

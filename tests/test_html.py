@@ -129,6 +129,19 @@ def test_a_run_on_its_way(run_dir, empty_charts):
 PICTURE = base64.b64encode(png_bytes(Image.fromarray(smooth()))).decode()
 
 
+def test_what_training_gave_is_said(run_dir, empty_charts):
+    write_lines(run_dir, metrics_line(600))
+    write_knn(run_dir, pixels=0.5, untrained=0.6, step_600=0.45)
+    for name, more in (("untrained", {"adapted": True, "top1_k1": 0.55}), ("step_600", {"query_images": 1000})):
+        path = run_dir / "eval" / f"knn_{name}.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | more))
+    page = Page(write_report(run_dir))
+    assert "k-NN, untrained, statistics adapted; k = 1: 55.0%" in page.texts and "k-NN, step 600" in page.texts
+    assert "-15.0" in page.texts and "points by training" in page.texts
+    assert "Raw pixels are better than the trained backbone: 50.0% for 45.0% at k = 20." in page.text
+    assert "not better than the untrained (statistics adapted) one by more than chance: -15.0 points" in page.text
+
+
 def test_a_finished_run(run_dir, tmp_path, empty_charts):
     write_lines(run_dir, *(metrics_line(step) for step in range(100, 1300, 100)))
     write_knn(run_dir, pixels=0.5, untrained=0.6, step_600=0.7, step_1200=0.8125)

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from massl_ray.errors import UserError
-from massl_ray.evaluation.knn import knn, knn_accuracy, knn_predict, knn_votes
+from massl_ray.evaluation.knn import knn, knn_accuracy, knn_figures, knn_predict, knn_votes, uneven
 from massl_ray.evaluation.results import Split
 from tests.splits import clouds
 
@@ -133,11 +133,48 @@ def test_all_k_in_one_pass_agree_with_a_plain_loop():
 
 def test_judged_by_the_k_that_was_said_whatever_is_best():
     train, test = clouds(300, apart=0.4), clouds(60, apart=0.4, seed=1)
-    assert list(knn(train, test).figures) == ["top1_k20", "top1_k10", "top1_k100", "top1_k200"]
+    ks = ["k20", "k1", "k10", "k100", "k200"]
+    assert list(knn(train, test).figures) == [f"top1_{k}" for k in ks] + [f"per_class_{k}" for k in ks]
     result = knn(train, test, ks=(20, 1), judged=1)
-    assert list(result.figures) == ["top1_k1", "top1_k20"]
+    assert list(result.figures) == ["top1_k1", "top1_k20", "per_class_k1", "per_class_k20"]
     assert result.parameters["judged_by"] == "top1_k1" and result.parameters["best_k"] == 20
     assert result.figures["top1_k20"].value > result.figures["top1_k1"].value
+
+
+def nearest(bank: np.ndarray, labels: np.ndarray, queries: np.ndarray) -> np.ndarray:
+    """The class of the nearest row by cosine, by numpy in float64."""
+    one, other = (rows.astype(float) / np.linalg.norm(rows.astype(float), axis=1, keepdims=True) for rows in (bank, queries))
+    return labels[(other @ one.T).argmax(1)]
+
+
+def test_figures_while_training_agree_with_numpy():
+    train, test = clouds(300, apart=0.4), clouds(60, apart=0.4, seed=1)
+    sides = [torch.from_numpy(part) for part in (train.vectors, train.labels, test.vectors, test.labels)]
+    figures = knn_figures(*sides, k=20, temperature=0.07)
+    assert list(figures) == ["top1", "top1_k1", "mean_per_class"] and len({round(value, 6) for value in figures.values()}) == 3
+    assert figures["top1_k1"] == pytest.approx((nearest(train.vectors, train.labels, test.vectors) == test.labels).mean())
+    plain = np.array([np.argmax(votes(train.vectors, train.labels, query, 20, 0.07, 4)) for query in test.vectors])
+    assert figures["top1"] == pytest.approx((plain == test.labels).mean())
+    by_class = [(plain[test.labels == kind] == kind).mean() for kind in range(4)]
+    assert figures["mean_per_class"] == pytest.approx(np.mean(by_class))
+    found = knn(train, test, ks=(1, 20)).figures
+    assert found["per_class_k20"].value == pytest.approx(np.mean(by_class))
+    assert found["top1_k1"].value == pytest.approx(figures["top1_k1"])
+
+
+def test_even_classes_have_no_mean_per_class():
+    train, labels = clouds(80), np.arange(40) % 4
+    test = Split(clouds(40, seed=1).vectors, labels, train.classes)
+    sides = [torch.from_numpy(part) for part in (train.vectors, train.labels, test.vectors, labels)]
+    assert list(knn_figures(*sides, k=5, temperature=0.07)) == ["top1", "top1_k1"]
+    assert list(knn(train, test, ks=(5,)).figures) == ["top1_k5"]
+
+
+@pytest.mark.parametrize(
+    ("counts", "expected"), [([5, 5], False), ([4, 2], False), ([5, 2], True), ([0, 3, 3], False), ([1, 0, 9], True)]
+)
+def test_uneven_is_more_than_twice_as_many(counts, expected):
+    assert uneven(np.repeat(np.arange(len(counts)), counts)) is expected
 
 
 def test_chunks_change_nothing(monkeypatch):

@@ -2,6 +2,7 @@
 
 import json
 import platform
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ import torch
 
 from massl_ray.config import DataSection, keys
 from massl_ray.data.order import samples_at, step_positions
+from massl_ray.evaluation.adapted import adapt_statistics, training_views
 from massl_ray.evaluation.features import backbone_features, pixel_features
 from massl_ray.evaluation.neighbours import nearest_neighbours
 from massl_ray.method.resampling import resizer
@@ -268,6 +270,21 @@ def plain_knn(bank, queries, k: int, temperature: float) -> float:
     return hits / len(unit[1])
 
 
+def per_class(features) -> dict[str, float]:
+    """Mean over classes of what the three nearest say, where the largest has more than twice as many queries as the smallest."""
+    bank, queries = features
+    counts = np.bincount(queries.labels.numpy())
+    if counts.max() <= 2 * counts[counts > 0].min():
+        return {}
+    shares = []
+    for kind in range(3):
+        own = queries.labels == kind
+        if own.any():
+            part = replace(queries, rows=queries.rows[own], labels=queries.labels[own])
+            shares.append(plain_knn(bank, part, k=3, temperature=0.07))
+    return {"mean_per_class": pytest.approx(np.mean(shares))}
+
+
 def test_knn_before_the_first_step(told):
     run = told.run
     with torch.no_grad():  # the teacher is asked, so that is what must differ
@@ -283,13 +300,36 @@ def test_knn_before_the_first_step(told):
             "features": name,
             "step": 0,
             "top1": pytest.approx(plain_knn(*features, k=3, temperature=0.07)),
+            "top1_k1": pytest.approx(plain_knn(*features, k=1, temperature=0.07)),
             "k": 3,
             "temperature": 0.07,
             "bank_images": len(run.bank),
             "query_images": len(run.queries),
         }
+        | per_class(features)
+        | ({"adapted": False} if name == "untrained" else {})  # a vision transformer
         for name, features in (("pixels", pixels), ("untrained", teacher))
     ]
+
+
+def test_the_untrained_backbone_is_measured_with_adapted_statistics(tiny_images, tmp_path, monkeypatch):
+    """And the state that is trained from then on is the one that was there before, to the bit."""
+    told = Told(tiny_run(tiny_images, tmp_path / "run", "--train.steps", "6", "--model.backbone", "test_resnet"))
+    run, before, measured = told.run, to_tensors(told.state), []
+
+    def watched(backbone, *arguments):
+        measured.append(state_sha256(backbone.state_dict()))
+        return backbone_features(backbone, *arguments)
+
+    monkeypatch.setattr(module, "backbone_features", watched)
+    _, untrained = told.evaluate(0)
+    backbone = adapt_statistics(told.state.teacher.backbone, training_views(run.images, run.config))
+    adapted = [backbone_features(backbone, part, run.config, CPU) for part in (run.bank, run.queries)]
+    assert untrained["adapted"] is True
+    assert untrained["top1"] == pytest.approx(plain_knn(*adapted, k=20, temperature=0.07))
+    assert measured == [state_sha256(backbone.state_dict())] * 2 != [state_sha256(told.state.teacher.backbone.state_dict())] * 2
+    after = to_tensors(told.state)
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
 
 
 def test_knn_of_pixels_does_not_ask_the_backbone(told):

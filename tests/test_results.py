@@ -59,6 +59,17 @@ def test_results(tmp_path, trials):
     assert (best.memory.size, best.memory.num_blocks, best.train.steps, best.run.dir) == (64, 4, 10, str(tmp_path / "best"))
 
 
+def test_gains_are_over_the_untrained_backbone(tmp_path, trials):
+    for trial, untrained in zip(trials[:2], (0.475, 0.54), strict=True):
+        record = {"features": "untrained", "step": 0, "top1": untrained, "adapted": True}
+        (folder_of(tmp_path, trial) / "eval" / "knn_untrained.json").write_text(json.dumps(record))
+    write_results(tmp_path, SPEC, base_of(SPEC), trials)
+    table = pyarrow.parquet.read_table(tmp_path / "results.parquet")
+    assert table["gain"].to_pylist() == [pytest.approx(2.5), pytest.approx(-2.0), *[None] * 6]
+    texts = Page(tmp_path / "report.html").texts
+    assert "k-NN over untrained" in texts and "+2.5 points" in texts and "-2.0 points" in texts
+
+
 def test_the_page(tmp_path, trials):
     write_results(tmp_path, SPEC, base_of(SPEC), trials)
     page = Page(tmp_path / "report.html")

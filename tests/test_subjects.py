@@ -12,8 +12,10 @@ from safetensors.torch import save_file
 from torch import nn
 
 from massl_ray.config import keys, load, to_toml, validate
+from massl_ray.config.schema import merge
 from massl_ray.data.sources import open_source
 from massl_ray.errors import UserError
+from massl_ray.evaluation.adapted import adapt_statistics, training_views
 from massl_ray.evaluation.features import backbone_features, pixel_features
 from massl_ray.evaluation.split_features import here, split_features
 from massl_ray.evaluation.subjects import open_subject
@@ -61,9 +63,20 @@ def test_of_a_run_the_teacher_with_its_view(run, config, teacher):
         assert (subject.name, subject.size, subject.crop, subject.precision) == ("mine/step_7", 32, 0.8, "fp32")
         assert (subject.mean, subject.std) == (config.data.mean, config.data.std)
         assert subject.facts["step"] == 7 and subject.facts["images_seen"] == 56 and subject.facts["run"] == str(run)
-    assert same(open_subject(f"untrained:{run}"), build_encoder(config).backbone)
     asked = open_subject(str(run), size=48, crop=1.0)
     assert (asked.size, asked.crop, asked.mean) == (48, 1.0, config.data.mean)
+
+
+def test_of_a_run_before_its_first_step(run, config, tmp_path):
+    """Its statistics adapted to the run's images; as they were where these are gone."""
+    backbone, images = build_encoder(config).backbone, open_source("demo")
+    subject = open_subject(f"untrained:{run}")
+    assert same(subject, adapt_statistics(backbone, training_views(images, config))) and not same(subject, backbone)
+    assert subject.facts["adapted"] is True and subject.facts["adapted_on"] == f"training views of {images.root}"
+    gone = validate(merge(config.model_dump(), {"data": {"source": str(tmp_path / "gone")}}))
+    write_atomically(tmp_path / "config.toml", to_toml(gone))
+    subject = open_subject(f"untrained:{tmp_path}")
+    assert same(subject, backbone) and subject.facts["adapted"] is False and "gone" in subject.facts["not_adapted_because"]
 
 
 def test_features_are_those_of_training(run, config, teacher, tmp_path, monkeypatch):

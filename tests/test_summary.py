@@ -26,7 +26,8 @@ def write_knn(run_dir: Path, **accuracies: float) -> None:
     (run_dir / "eval").mkdir(exist_ok=True)
     for name, accuracy in accuracies.items():
         step = int(name.removeprefix("step_")) if name.startswith("step_") else 0
-        record = {"features": name, "step": step, "top1": accuracy}
+        record = {"features": name, "step": step, "top1": accuracy, "top1_k1": accuracy / 2, "query_images": step * 10}
+        record |= {"adapted": True} if name == "untrained" else {}
         (run_dir / "eval" / f"knn_{name}.json").write_text(json.dumps(record))
 
 
@@ -51,6 +52,11 @@ def test_exactly_these_figures(run_dir):
         "knn_pixels": 0.5,
         "knn_untrained": 0.6,
         "knn_final": 0.8,
+        "knn1_pixels": 0.25,
+        "knn1_untrained": 0.3,
+        "knn1_final": 0.4,
+        "knn_adapted": True,
+        "knn_queries": 120,
         "images_per_s": 40.0,  # the median
         "wall_s": 12.5,
         "state_sha256": state_sha256(tensors(12)),
@@ -62,7 +68,7 @@ def test_exactly_these_figures(run_dir):
 
 def test_without_knn(run_dir):
     summary = write_summary(run_dir, run_dir / "checkpoints", wall_s=1.0)
-    assert [summary[key] for key in ("knn_pixels", "knn_untrained", "knn_final")] == [None] * 3
+    assert [value for key, value in summary.items() if key.startswith("knn")] == [None] * 8
 
 
 def test_final_knn_is_that_of_the_last_step(run_dir):

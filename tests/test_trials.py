@@ -24,6 +24,7 @@ from massl_ray.sweeping.trials import (
     row_of,
     scores,
     settings_of,
+    shown,
     shrink,
     trials_of,
     write_outcome,
@@ -132,7 +133,7 @@ def test_a_row_is_read_off_the_files(tmp_path):
     waiting = row_of(tmp_path, TRIAL)
     assert (waiting.status, waiting.images_seen) == ("waiting", 0) and math.isnan(waiting.knn) and math.isnan(waiting.loss)
     (folder / "eval").mkdir(parents=True)
-    for name, step, top1 in (("pixels", 0, 0.9), ("untrained", 0, 0.8)):
+    for name, step, top1 in (("pixels", 0, 0.9), ("untrained", 0, 0.125)):
         (folder / "eval" / f"knn_{name}.json").write_text(json.dumps({"features": name, "step": step, "top1": top1}))
     assert math.isnan(row_of(tmp_path, TRIAL).knn)  # nothing trained yet
     for step, top1 in ((20, 0.3), (100, 0.2)):
@@ -142,7 +143,8 @@ def test_a_row_is_read_off_the_files(tmp_path):
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 12')
     write_outcome(tmp_path, TRIAL, Outcome("failed", 3.0, "it broke", 32))
     found = row_of(tmp_path, TRIAL)
-    assert found == Row(TRIAL, "failed", "it broke", 3.0, 32, 8000, 0.2, 100, 125, 125.0, 0.04)
+    assert found == Row(TRIAL, "failed", "it broke", 3.0, 32, 8000, 0.2, 100, 125, 125.0, 0.04, pytest.approx(7.5))
+    assert (shown("gain", found.gain), shown("gain", math.nan), shown("knn", found.knn)) == ("+7.5 points", "-", "20.0%")
     assert [found.measured_at(name) for name in ("knn", "loss", "effective_rank")] == [6400, 8000, 8000]
 
 

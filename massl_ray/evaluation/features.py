@@ -1,6 +1,6 @@
 """Frozen features of a listing's images."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -26,8 +26,7 @@ class Features:
 
 def backbone_features(backbone: nn.Module, listing: Listing, config: Config, device: torch.device) -> Features:
     """Pooled features of centre views, with the backbone in evaluation mode and as it was afterwards."""
-    mean = torch.tensor(config.data.mean, device=device) * 255
-    std = torch.tensor(config.data.std, device=device) * 255
+    mean, std = config.data.mean, config.data.std
     size, share = config.views.global_size, config.eval.crop
     was_training = backbone.training
     backbone.eval()
@@ -38,12 +37,17 @@ def backbone_features(backbone: nn.Module, listing: Listing, config: Config, dev
             torch.autocast(device.type, dtype=torch.bfloat16, enabled=config.train.precision == "bf16"),
         ):
             for numbers, pixels in decoded(listing, lambda image: center_view(image, size, share), Decoding.of(config.data)):
-                normal = (pixels.to(device).float() - mean) / std
-                rows.append(backbone(normal.permute(0, 3, 1, 2)).float().cpu())
+                rows.append(backbone(normalized(pixels.to(device), mean, std)).float().cpu())
                 samples.append(numbers)
     finally:
         backbone.train(was_training)
     return _features(listing, rows, samples)
+
+
+def normalized(pixels: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """(n, H, W, C) uint8 -> (n, C, H, W) float32 on the same device, by each channel's mean and deviation in 0..1."""
+    middle, spread = (torch.tensor(tuple(values), device=pixels.device) * 255 for values in (mean, std))
+    return ((pixels.float() - middle) / spread).permute(0, 3, 1, 2)
 
 
 def pixel_features(listing: Listing, data: DataSection, side: int = 32) -> Features:

@@ -10,13 +10,25 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from massl_ray.config import IMAGENET_GRAY, ModelSection
 from massl_ray.config.schema import IMAGENET
 from massl_ray.errors import UserError
 from massl_ray.method.network import build_backbone
 from massl_ray.storage import reason
+
+
+class Pooled(nn.Module):
+    """A foreign model: maps (n, D, H, W) and tokens (n, T, D) are averaged."""
+
+    def __init__(self, inner: nn.Module):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, images: Tensor) -> Tensor:
+        found = self.inner(images)
+        return found.mean((2, 3)) if found.ndim == 4 else found.mean(1) if found.ndim == 3 else found
 
 
 def built(name: str, channels: int, size: int, arguments: Mapping[str, Any] | None = None, pretrained: bool = False) -> nn.Module:

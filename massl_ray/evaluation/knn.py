@@ -8,10 +8,11 @@ from torch import Tensor
 from torch.nn.functional import normalize, one_hot
 
 from massl_ray.errors import UserError
-from massl_ray.evaluation.bootstrap import INTERVAL, mean_figure
+from massl_ray.evaluation.bootstrap import INTERVAL, accuracy_figures
 from massl_ray.evaluation.checks import labelled, unit
 from massl_ray.evaluation.results import Result, Split
 
+KS = (1, 10, 20, 100, 200)
 VOTES = 2**24  # similarities held at once
 
 
@@ -38,11 +39,30 @@ def knn_accuracy(bank: Tensor, labels: Tensor, queries: Tensor, truth: Tensor, *
     return (predicted == truth.long()).float().mean().item()
 
 
-def knn(
-    train: Split, test: Split, *, ks: Sequence[int] = (10, 20, 100, 200), temperature: float = 0.07, judged: int = 20, seed: int = 0
-) -> Result:
-    """Top-1 accuracy for each k, found in one pass. It is judged by k = `judged` and not by whichever k is best on the test
-    images: `best_k` only says which that is."""
+def knn_figures(bank: Tensor, labels: Tensor, queries: Tensor, truth: Tensor, *, k: int, temperature: float) -> dict[str, float]:
+    """Shares of `queries` (n, D) that are classified right by `bank` (m, D): `top1` by the k nearest rows, `top1_k1` by the nearest
+    one, and where the classes of `truth` (n,) are `uneven` also `mean_per_class`, the mean over them of each one's own `top1`."""
+    num_classes = int(max(labels.max(), truth.max())) + 1
+    right, right_k1 = (
+        (knn_predict(bank, labels, queries, k=near, temperature=temperature, num_classes=num_classes) == truth).double()
+        for near in (k, 1)
+    )
+    figures = {"top1": right.mean().item(), "top1_k1": right_k1.mean().item()}
+    if uneven(truth.numpy()):
+        figures["mean_per_class"] = torch.stack([right[truth == kind].mean() for kind in truth.unique()]).mean().item()
+    return figures
+
+
+def uneven(labels: np.ndarray) -> bool:
+    """Whether the largest of the classes among these labels (n,) has more than twice as many images as the smallest that has any:
+    then top-1 accuracy is mostly that of the large ones."""
+    counts = np.unique(labels, return_counts=True)[1]
+    return bool(counts.max() > 2 * counts.min())
+
+
+def knn(train: Split, test: Split, *, ks: Sequence[int] = KS, temperature: float = 0.07, judged: int = 20, seed: int = 0) -> Result:
+    """Top-1 accuracy for each k, found in one pass, and where the test set's classes are `uneven` also its mean over classes. It is
+    judged by k = `judged` and not by whichever k is best on the test images: `best_k` only says which that is."""
     both = labelled(train, test, "knn")
     ks = sorted(set(ks), key=lambda k: (k != judged, k))
     if not ks or min(ks) < 1:
@@ -50,8 +70,11 @@ def knn(
     if max(ks) > len(train):
         raise UserError(f"knn: k = {max(ks)} asks for more neighbours than the {len(train)} train images; ask for smaller k")
     predicted = knn_votes(unit(train.vectors), both.train, unit(test.vectors), ks=ks, temperature=temperature)
-    figures = {f"top1_k{k}": mean_figure(predicted[k] == both.test, seed=seed) for k in ks}
+    found = {k: accuracy_figures(predicted[k], both.test, seed=seed) for k in ks}
+    figures = {f"top1_k{k}": found[k]["top1"] for k in ks}
     best = max(ks, key=lambda k: figures[f"top1_k{k}"].value)
+    if uneven(both.test):
+        figures |= {f"per_class_k{k}": found[k]["per_class"] for k in ks}
     parameters = {
         "ks": list(ks),
         "temperature": temperature,

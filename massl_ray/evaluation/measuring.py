@@ -7,16 +7,21 @@ from typing import Any, Literal
 import torch
 
 from massl_ray.config import Config
+from massl_ray.data.decode import Decoding
 from massl_ray.data.listing import Listing
 from massl_ray.errors import UserError
+from massl_ray.evaluation.adapted import adapt_statistics, has_statistics, shuffled
 from massl_ray.evaluation.alterations import Alteration, Corrupted, ViewsOf
 from massl_ray.evaluation.clips import ClipFiles, clip_result
+from massl_ray.evaluation.features import decoded
 from massl_ray.evaluation.landmarks import Landmarks, landmark_result
 from massl_ray.evaluation.protocols import run_protocol
 from massl_ray.evaluation.records import data_facts, to_record
 from massl_ray.evaluation.results import Split
 from massl_ray.evaluation.split_features import Compute, split_features
 from massl_ray.evaluation.subjects import Subject
+
+BATCH = 64  # images that running statistics are adapted to at a time
 
 
 @dataclass(frozen=True)
@@ -41,7 +46,9 @@ class Measurer:
     fresh: bool = False
 
     def on_sides(self, subject: Subject, data: Sides, names: Sequence[str]) -> dict[str, Any]:
-        """A record of these protocols. Raises UserError."""
+        """A record of these protocols; an untrained backbone that is not adapted yet is adapted to the train images. Raises
+        UserError."""
+        subject = self._adapted(subject, data.train)
         (train, bad_train), (test, bad_test) = (self.features(subject, images) for images in (data.train, data.test))
         options = {**self.options, "views_of": self._views_of(subject, data)}
         results = []
@@ -74,6 +81,21 @@ class Measurer:
         if bad:
             self.say(f"{len(bad):,} images cannot be read and are left out, the first {bad[0]}")
         return split, bad
+
+    def _adapted(self, subject: Subject, images: Listing) -> Subject:
+        if subject.facts.get("adapted", True) or not has_statistics(subject.backbone):
+            return subject
+        why = f" ({reason})" if (reason := subject.facts.get("not_adapted_because")) else ""
+        self.say(f"{subject.name}: running statistics are adapted to centre views of {images.root}{why}")
+        how = Decoding(self.config.data.max_pixels, subject.channels, self.config.data.white)
+        chunks = decoded(shuffled(images), subject.view, how)
+        batches = (subject.normalized(part) for _, views in chunks for part in views.split(BATCH) if len(part) > 1)
+        try:
+            backbone = adapt_statistics(subject.to(self.device).backbone, batches, subject.precision).cpu()
+        except ValueError:  # no two of the images can be read: whoever asks for their features is told
+            return subject
+        known = {"adapted": True, "adapted_on": f"centre views of {images.root}"}
+        return replace(subject, backbone=backbone, facts={**subject.facts, **known})
 
     def _views_of(self, subject: Subject, data: Sides) -> ViewsOf:
         def features(side: Literal["train", "test"], alteration: Alteration) -> Split:

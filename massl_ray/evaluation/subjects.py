@@ -14,9 +14,11 @@ from torch import Tensor, nn
 from massl_ray.config import Config
 from massl_ray.config.schema import IMAGENET
 from massl_ray.errors import UserError
+from massl_ray.evaluation.adapted import adapted_to_run
 from massl_ray.evaluation.alterations import Alteration, described
 from massl_ray.evaluation.configs import config_of_checkpoint, config_of_run
-from massl_ray.evaluation.foreign import as_timm_says, built, called, check_hub, of_timm
+from massl_ray.evaluation.features import normalized
+from massl_ray.evaluation.foreign import Pooled, as_timm_says, built, called, check_hub, of_timm
 from massl_ray.evaluation.weights import SUFFIXES, fitted, native_size, nearest_sentence, read_weights
 from massl_ray.method.network import build_encoder, check_name
 from massl_ray.method.resampling import resized
@@ -43,7 +45,8 @@ class Subject:
     mean: tuple[float, ...]  # of each channel, in 0..1
     std: tuple[float, ...]
     precision: str  # 'fp32' or 'bf16'
-    facts: Mapping[str, Any] = field(default_factory=dict)  # where it is from; of a run also `run`, its directory
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    """Where it is from; of a run also `run`, its directory; of an untrained one `adapted`: whether its running statistics are."""
     whole: bool = False  # the view is the whole image, squeezed into a square
     alteration: Alteration | None = None  # instead of that view, or on top of it
 
@@ -56,9 +59,7 @@ class Subject:
 
     def normalized(self, views: Tensor) -> Tensor:
         """(n, H, W, C) uint8 -> (n, C, H, W) float32, on the device of `views`"""
-        mean = torch.tensor(self.mean, device=views.device) * 255
-        std = torch.tensor(self.std, device=views.device) * 255
-        return ((views.float() - mean) / std).permute(0, 3, 1, 2)
+        return normalized(views, self.mean, self.std)
 
     @torch.inference_mode()
     def embedded(self, views: Tensor) -> Tensor:
@@ -88,18 +89,6 @@ class Pixels(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         return images.permute(0, 2, 3, 1).flatten(1)
-
-
-class Pooled(nn.Module):
-    """A foreign model: maps (n, D, H, W) and tokens (n, T, D) are averaged."""
-
-    def __init__(self, inner: nn.Module):
-        super().__init__()
-        self.inner = inner
-
-    def forward(self, images: Tensor) -> Tensor:
-        found = self.inner(images)
-        return found.mean((2, 3)) if found.ndim == 4 else found.mean(1) if found.ndim == 3 else found
 
 
 def open_subject(
@@ -197,7 +186,8 @@ def _checkpoint(folder: Folder) -> Folder:
 
 
 def _untrained_run(where: str) -> Subject:
-    """The backbone as it was before the first step."""
+    """The backbone as it was before the first step, its running statistics adapted to the run's training views; where these
+    images are gone the facts say why it is not, and `measuring` adapts it to what it is measured on."""
     folder = Folder(where)
     try:
         config = config_of_run(folder) or config_of_run(folder.parent.parent)
@@ -207,7 +197,8 @@ def _untrained_run(where: str) -> Subject:
         raise UserError(f"{folder} is no run directory: it has no config.toml.")
     model = build_encoder(config).backbone
     view = (config.views.global_size, config.eval.crop, config.data.channels, config.data.mean, config.data.std)
-    facts = {"backbone": config.model.backbone, "seed": config.run.seed, "init": config.model.init}
+    model, known = adapted_to_run(model, config)
+    facts = {"backbone": config.model.backbone, "seed": config.run.seed, "init": config.model.init} | known
     return Subject(f"untrained {config.model.backbone}", model, *view, config.train.precision, facts)
 
 
@@ -284,7 +275,8 @@ def _by_name(name: str, what: str, channels: int, *, pretrained: bool) -> Subjec
             f"The weights of {name} are neither on this machine nor to be had from the hub ({type(error).__name__}: "
             f"{reason(error)[:160]}). Give a weights file with --backbone {name}, or untrained:{name}."
         ) from None
-    return Subject(what, model, **view, facts={"backbone": name, "init": "pretrained" if pretrained else "random"})
+    facts = {"backbone": name} | ({"init": "pretrained"} if pretrained else {"init": "random", "adapted": False})
+    return Subject(what, model, **view, facts=facts)
 
 
 def _foreign(what: str, channels: int) -> Subject:

@@ -76,9 +76,12 @@ def evaluations(checkpoint: Folder, manifest: Mapping[str, Any]) -> dict[str, st
         if not isinstance(result, dict):
             continue
         if name == f"knn_step_{step}.json" and "query_images" in result:
+            if isinstance(result.get("top1_k1"), float):
+                found["k-NN top-1 (k = 1)"] = f"{result['top1_k1']:.1%}"
             found["k-NN images"] = f"{result['bank_images']:,} compared with, {result['query_images']:,} classified"
         elif name in ("knn_pixels.json", "knn_untrained.json") and isinstance(result.get("top1"), float):
-            found[f"k-NN top-1 of {'raw pixels' if 'pixels' in name else 'the untrained backbone'}"] = f"{result['top1']:.1%}"
+            untrained = "the untrained backbone" + (", statistics adapted" if result.get("adapted") else "")
+            found[f"k-NN top-1 of {'raw pixels' if 'pixels' in name else untrained}"] = f"{result['top1']:.1%}"
     return found
 
 

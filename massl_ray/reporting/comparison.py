@@ -12,6 +12,7 @@ from typing import Any
 from massl_ray.config import keys, recorded_toml
 from massl_ray.errors import UserError
 from massl_ray.reporting.summary import read_knn, read_metrics
+from massl_ray.reporting.yardstick import gain, knn_summary
 from massl_ray.shown import in_a_line, redacted
 
 NOTHING = "-"
@@ -60,7 +61,8 @@ def distinct_names(folders: Sequence[Path]) -> list[str]:
 def figures(run: RunFiles) -> dict[str, str]:
     """The run in a dozen figures, as words."""
     trained = [record for record in run.knn if record.get("features") not in ("pixels", "untrained")]
-    by_name = {record.get("features"): record.get("top1") for record in run.knn}
+    known = knn_summary(run.knn, trained[-1]["step"] if trained else None)
+    points = gain(known)
     last = run.lines[-1] if run.lines else {}
     best = max(trained, key=lambda record: record["top1"], default=None)
     steps = f"{last['step']:,}" if last else "0"
@@ -69,9 +71,11 @@ def figures(run: RunFiles) -> dict[str, str]:
         "images seen": f"{last['images_seen']:,}" if last else "0",
         "seed": str(run.settings["run.seed"]),
         "loss, last": _number(last.get("loss")),
-        "k-NN, raw pixels": _percent(by_name.get("pixels")),
-        "k-NN, untrained": _percent(by_name.get("untrained")),
-        "k-NN, last": _percent(trained[-1]["top1"]) if trained else NOTHING,
+        "k-NN, raw pixels": _percent(known["knn_pixels"]),
+        "k-NN, untrained": _percent(known["knn_untrained"]) + (", statistics adapted" if known["knn_adapted"] else ""),
+        "k-NN, last": _percent(known["knn_final"]),
+        "k-NN, last over untrained": NOTHING if points is None else f"{points:+.1f} points",
+        "k-NN at k = 1, last": _percent(known["knn1_final"]),
         "k-NN, best": f"{_percent(best['top1'])} at step {best['step']:,}" if best else NOTHING,
         "embedding spread, last": _number(last.get("embedding_std")),
         "effective rank, last": _number(last.get("effective_rank")),
@@ -117,6 +121,9 @@ def cautions(runs: Sequence[RunFiles]) -> list[str]:
         tuple(record.get(key) for key in ("k", "temperature", "bank_images", "query_images")) for run in runs for record in run.knn
     }
     data = sorted(key for key in differing if key in ("data.source", "data.test_source", "eval.crop", "eval.max_images"))
+    adapted = {record.get("adapted") for run in runs for record in run.knn if record.get("features") == "untrained"}
+    if any(adapted) and None in adapted:
+        said.append("Some of the runs are old: their untrained backbone's statistics were not adapted, so they seem to gain more.")
     if any(run.knn for run in runs) and (len(sides) > 1 or data):
         said.append("k-NN accuracies were not measured alike: " + (f"{', '.join(data)} differ." if data else "images or k differ."))
     if len({run.lines[-1]["images_seen"] for run in runs if run.lines}) > 1:

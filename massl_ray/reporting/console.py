@@ -9,6 +9,7 @@ from rich.console import Console as RichConsole
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from massl_ray.reporting.skipped import SkippedImages
+from massl_ray.reporting.yardstick import NAMES, gain, sentences, untrained_name
 from massl_ray.shown import in_a_line, redacted
 from massl_ray.training.run import Run
 
@@ -97,8 +98,11 @@ class Console:
 
     def _on_knn(self, event: dict[str, Any]) -> None:
         self.knn[event["features"]] = event["top1"]
-        name = {"pixels": "raw pixels", "untrained": "untrained backbone"}.get(event["features"], f"step {event['step']}")
-        self.say(f"k-NN      {event['top1']:.1%}  {name}")
+        names = {"pixels": NAMES["pixels"], "untrained": untrained_name(event.get("adapted"))}
+        beside = {"k = 1": event.get("top1_k1"), "mean per class": event.get("mean_per_class")}
+        known = ", ".join(f"{name} {value:.1%}" for name, value in beside.items() if value is not None)
+        name = names.get(event["features"], f"step {event['step']}")
+        self.say(f"k-NN      {event['top1']:.1%}  {name}" + (f" ({known})" if known else ""))
 
     def _on_skipped(self, event: dict[str, Any]) -> None:
         for image in self.skipped.add(event["images"])[:3]:
@@ -126,13 +130,21 @@ class Console:
             f"Done      {summary['steps']:,} steps in {duration(summary['wall_s'])}, loss "
             f"{summary['loss_final']:.3f}, {summary['images_per_s']:.0f} images/s"
         )
-        names = {"knn_pixels": "raw pixels", "knn_untrained": "untrained backbone", "knn_final": "trained"}
-        known = [f"{summary[key]:.1%} {name}" for key, name in names.items() if summary[key] is not None]
-        if known:
-            self.say(f"k-NN      {', '.join(known)}")
+        self._say_knn(summary)
         if len(self.skipped):
             self.say(f"Skipped   {len(self.skipped):,} unreadable images, listed in {self.skipped.path}")
         self.say(f"Report    {report}")
+
+    def _say_knn(self, summary: dict[str, Any]) -> None:
+        names = NAMES | {"untrained": untrained_name(summary.get("knn_adapted"))}
+        for prefix, title in (("knn", "k-NN"), ("knn1", "k = 1")):
+            shares = {name: summary.get(f"{prefix}_{key}") for key, name in names.items()}
+            known = [f"{share:.1%} {name}" for name, share in shares.items() if share is not None]
+            points = gain(summary) if prefix == "knn" else None
+            if known:
+                self.say(f"{title:<10}" + "; ".join(known) + ("" if points is None else f": {points:+.1f} points by training"))
+        for sentence in sentences(summary, self.run.config.eval.knn_k):
+            self.say(f"Note      {sentence}")
 
 
 def duration(seconds: float) -> str:

@@ -18,6 +18,7 @@ from matplotlib.figure import Figure
 from massl_ray.evaluation.records import read_records, tables
 from massl_ray.reporting.album import FOLDER, Album, data_url, read_album
 from massl_ray.reporting.summary import read_knn, read_metrics
+from massl_ray.reporting.yardstick import NAMES, gain, knn_summary, sentences, untrained_name
 from massl_ray.training.run import write_atomically
 
 TURNING = re.compile("[\u200e\u200f\u202a-\u202e\u2066-\u2069\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")  # the latter are none of HTML's
@@ -73,12 +74,18 @@ def _head(run_dir: Path, config: dict[str, Any], lines: list[dict[str, Any]], kn
         (f"{last['images_seen']:,}", "images seen"),
         (f"{last['loss']:.3f}", "loss"),
     ]
-    names = {"pixels": "k-NN, raw pixels", "untrained": "k-NN, untrained"}
-    figures += [(f"{record['top1']:.1%}", names[record["features"]]) for record in knn if record["features"] in names]
-    trained = [record for record in knn if record["features"] not in names]
-    figures += [(f"{trained[-1]['top1']:.1%}", f"k-NN, step {trained[-1]['step']:,}")] if trained else []
+    trained = [record for record in knn if record["features"] not in ("pixels", "untrained")]
+    for record in [record for record in knn if record not in trained] + trained[-1:]:
+        names = {"pixels": NAMES["pixels"], "untrained": untrained_name(record.get("adapted"))}
+        name = names.get(record["features"], f"step {record['step']:,}")
+        nearest = f"; k = 1: {record['top1_k1']:.1%}" if "top1_k1" in record else ""
+        figures.append((f"{record['top1']:.1%}", f"k-NN, {name}{nearest}"))
+    known = knn_summary(knn, trained[-1]["step"] if trained else None)
+    points = gain(known)
+    figures += [] if points is None else [(f"{points:+.1f}", "points by training")]
     cells = "".join(f"<div><b>{value}</b>{name}</div>" for value, name in figures)
-    return f"<h1>{text(run_dir.name)}</h1><p>{model}</p><div class='figures'>{cells}</div>"
+    notes = "".join(f"<p class='note'>{text(sentence)}</p>" for sentence in sentences(known, config["eval"]["knn_k"]))
+    return f"<h1>{text(run_dir.name)}</h1><p>{model}</p><div class='figures'>{cells}</div>{notes}"
 
 
 def _charts(config: dict[str, Any], lines: list[dict[str, Any]], knn: list[dict[str, Any]]) -> str:

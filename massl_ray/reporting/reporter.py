@@ -5,11 +5,13 @@ import time
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from massl_ray.config import keys
+from massl_ray.data.listing import Listing
+from massl_ray.evaluation.adapted import adapt_statistics, training_views
 from massl_ray.evaluation.features import Features, backbone_features, pixel_features
-from massl_ray.evaluation.knn import knn_accuracy
+from massl_ray.evaluation.knn import knn_figures
 from massl_ray.evaluation.neighbours import nearest_neighbours
 from massl_ray.method.resampling import resizer
 from massl_ray.method.step import State
@@ -111,18 +113,19 @@ class Reporter(Silent):
         return tensors, facts
 
     def evaluate(self, state: State) -> None:
-        """k-NN of the teacher where there are labels; before the first step also of raw pixels. After the last step also
-        nearest neighbours of a few images."""
+        """k-NN of the teacher where there are labels; before the first step of a copy of it whose running statistics are adapted,
+        and of raw pixels. After the last step also nearest neighbours of a few images."""
         step, run = state.step, self.run
         device = state.memory.rows.device
         bank: Features | None = None
         if run.bank is not None and run.queries is not None:
-            bank = backbone_features(state.teacher.backbone, run.bank, run.config, device)
-            queries = backbone_features(state.teacher.backbone, run.queries, run.config, device)
             if step == 0:
-                self._knn("pixels", step, *(pixel_features(part, run.config.data) for part in (run.bank, run.queries)))
-            accuracy = self._knn("untrained" if step == 0 else f"step_{step}", step, bank, queries)
-            self.top1 = None if accuracy is None else (step, accuracy)
+                self._yardsticks(state.teacher.backbone, run.bank, run.queries, device)
+            else:
+                sides = (run.bank, run.queries)
+                bank, queries = (backbone_features(state.teacher.backbone, part, run.config, device) for part in sides)
+                accuracy = self._knn(f"step_{step}", step, bank, queries)
+                self.top1 = None if accuracy is None else (step, accuracy)
         if step == run.resolved.end:
             listing = run.bank if run.bank is not None else run.images.take(evenly(len(run.images), run.config.eval.max_images))
             found = bank or backbone_features(state.teacher.backbone, listing, run.config, device)
@@ -130,23 +133,31 @@ class Reporter(Silent):
             add_pictures([entry for query in near for entry in (query, *query["neighbours"])], listing, run.config.data)
             self.line.announce({"kind": "neighbours", "found": near})
 
-    def _knn(self, name: str, step: int, bank: Features, queries: Features) -> float | None:
+    def _yardsticks(self, backbone: nn.Module, bank: Listing, queries: Listing, device: torch.device) -> None:
+        """What training has to beat: the images themselves, and the backbone as it is but for its running statistics."""
+        config, sides = self.run.config, (bank, queries)
+        self._knn("pixels", 0, *(pixel_features(part, config.data) for part in sides))
+        adapted = adapt_statistics(backbone, training_views(self.run.images, config), config.train.precision)
+        features = (backbone_features(adapted, part, config, device) for part in sides)
+        self._knn("untrained", 0, *features, adapted=adapted is not backbone)
+
+    def _knn(self, name: str, step: int, bank: Features, queries: Features, **facts: Any) -> float | None:
         config = self.run.config.eval
         assert bank.labels is not None and queries.labels is not None
         if not len(bank.rows) or not len(queries.rows):  # none of the few images of one side could be read
             return None
-        accuracy = knn_accuracy(bank.rows, bank.labels, queries.rows, queries.labels, k=config.knn_k, temperature=config.knn_temp)
+        figures = knn_figures(bank.rows, bank.labels, queries.rows, queries.labels, k=config.knn_k, temperature=config.knn_temp)
         record = {
             "features": name,
             "step": step,
-            "top1": accuracy,
+            **figures,
             "k": config.knn_k,
             "temperature": config.knn_temp,
             "bank_images": len(bank.rows),
             "query_images": len(queries.rows),
         }
-        self.line.announce({"kind": "knn", **record})
-        return accuracy
+        self.line.announce({"kind": "knn", **record, **facts})
+        return figures["top1"]
 
 
 def evenly(size: int, at_most: int):

@@ -5,6 +5,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from massl_ray.reporting.yardstick import knn_summary
 from massl_ray.storage import Place
 from massl_ray.training.checkpoint import list_checkpoints, read_manifest
 from massl_ray.training.run import write_json
@@ -18,9 +19,7 @@ def write_summary(run_dir: Path, checkpoints: Place, wall_s: float) -> dict[str,
         "steps": last["step"],
         "images_seen": last["images_seen"],
         "loss_final": last["loss"],
-        "knn_pixels": _knn(run_dir, "pixels"),
-        "knn_untrained": _knn(run_dir, "untrained"),
-        "knn_final": _knn(run_dir, f"step_{last['step']}"),
+        **knn_summary(read_knn(run_dir), last["step"]),
         "images_per_s": median(line["images_per_s"] for line in lines),
         "wall_s": wall_s,
         "state_sha256": read_manifest(list_checkpoints(checkpoints)[-1])["state_sha256"],
@@ -45,8 +44,3 @@ def read_knn(run_dir: Path) -> list[dict[str, Any]]:
     """The k-NN records of eval/, by step; raw pixels first."""
     records = [json.loads(path.read_text()) for path in (run_dir / "eval").glob("knn_*.json")]
     return sorted(records, key=lambda record: (record["features"] != "pixels", record["step"]))
-
-
-def _knn(run_dir: Path, name: str) -> float | None:
-    path = run_dir / "eval" / f"knn_{name}.json"
-    return json.loads(path.read_text())["top1"] if path.exists() else None

@@ -13,6 +13,7 @@ from typing import Literal
 from massl_ray.config import Config, load, to_toml
 from massl_ray.config.space import Point, at
 from massl_ray.reporting.summary import read_knn, read_metrics
+from massl_ray.reporting.yardstick import gain, knn_summary
 from massl_ray.training.checkpoint import list_checkpoints
 from massl_ray.training.run import write_atomically, write_json
 
@@ -25,6 +26,8 @@ def shown(metric: str, value: float) -> str:
     """For people."""
     if math.isnan(value):
         return "-"
+    if metric == "gain":
+        return f"{value:+.1f} points"
     return f"{value:.1%}" if metric == "knn" else f"{value:.3f}"
 
 
@@ -65,6 +68,7 @@ class Row:
     steps: int
     effective_rank: float
     loss: float
+    gain: float = math.nan  # of knn, in percentage points over the untrained backbone
 
     def metric(self, name: str) -> float:
         return getattr(self, name)
@@ -181,7 +185,9 @@ def row_of(root: Path, trial: Trial) -> Row:
     folder, outcome = folder_of(root, trial), read_outcome(root, trial)
     lines = read_metrics(folder)
     last = lines[-1] if lines else {}
-    trained = [record for record in read_knn(folder) if record["features"] not in ("pixels", "untrained")]
+    records = read_knn(folder)
+    trained = [record for record in records if record["features"] not in ("pixels", "untrained")]
+    points = gain(knn_summary(records, trained[-1]["step"] if trained else None))
     return Row(
         trial,
         outcome.status if outcome else "waiting",
@@ -194,6 +200,7 @@ def row_of(root: Path, trial: Trial) -> Row:
         last.get("step", 0),
         float(last.get("effective_rank", math.nan)),
         float(last.get("loss", math.nan)),
+        math.nan if points is None else points,
     )
 
 

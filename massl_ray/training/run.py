@@ -80,8 +80,7 @@ def prepare_run(config: Config) -> Run:
     earlier = _earlier_start(folder)
     if earlier:
         config = decided_as(earlier, config)
-    images = open_source(config.data.source, cache_gb=config.data.cache_gb)
-    images = _windowed(images, config.data.window)
+    images = training_images(config)
     probe(images, config.data.max_skipped, Decoding.of(config.data))
     config = _normalized(config, images)
     resolved = resolve(config, len(images))
@@ -97,6 +96,11 @@ def prepare_run(config: Config) -> Run:
     if earlier:
         _check_same(run, earlier)
     return run
+
+
+def training_images(config: Config) -> Listing:
+    """The images of data.source in the order that training sees them in. Raises UserError."""
+    return _windowed(open_source(config.data.source, cache_gb=config.data.cache_gb), config.data.window)
 
 
 def claim_directory(run: Run) -> Run:
