@@ -1,5 +1,8 @@
 """Views made once are the views that training makes."""
 
+import os
+import time
+
 import numpy as np
 import pytest
 import torch
@@ -52,3 +55,13 @@ def test_what_they_depend_on_has_a_place_of_its_own(made):
     next(view_batches(run(1), images.content, 2))
     next(view_batches(run(), "other images", 2))
     assert len(list(folder.iterdir())) == 5
+
+
+def test_what_killed_processes_left_goes_after_an_hour(made):
+    images, run, folder = made
+    for name, age_s in (("old", 4000), ("new", 60)):
+        (folder / f"{name}.unfinished-x").mkdir(parents=True)
+        os.utime(folder / f"{name}.unfinished-x", (time.time() - age_s,) * 2)
+    next(view_batches(run(), images.content, 2))
+    left = [path.name for path in folder.iterdir()]
+    assert "new.unfinished-x" in left and "old.unfinished-x" not in left and len(left) == 2
