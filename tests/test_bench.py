@@ -26,7 +26,7 @@ def test_unknown_name_is_refused(capsys):
     assert stop.value.code == 2 and "readout" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name", ["readout", "views", "step", "resize", "exact", "cost", "ingest", "embed"])
+@pytest.mark.parametrize("name", ["readout", "views", "step", "resize", "exact", "cost", "ingest", "embed", "learn"])
 def test_every_bench_runs_without_options(name):
     run = importlib.import_module(f"massl_ray.benches.{name}").run
     assert [each.name for each in inspect.signature(run).parameters.values() if each.default is each.empty] == ["device"]

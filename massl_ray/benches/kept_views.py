@@ -4,6 +4,7 @@ import hashlib
 import json
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from massl_ray.training.loop import Views
 from massl_ray.training.run import Run
 
 KEPT = 200  # steps whose views are kept on disk; those after them are made anew each time
+ABANDONED_S = 3600.0  # after which nobody is still writing
 COLUMNS = ("global_views", "local_views")
 
 
@@ -46,6 +48,9 @@ def _kept_folder(run: Run, content: str, steps: int) -> Path:
     if folder.is_dir():
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
+    for left in folder.parent.glob("*.unfinished-*"):  # by processes that were killed; they are large
+        if time.time() - left.stat().st_mtime > ABANDONED_S:
+            shutil.rmtree(left, ignore_errors=True)
     unfinished = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f"{key}.unfinished-"))
     try:
         _write(unfinished, run, steps)

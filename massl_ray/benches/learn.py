@@ -90,7 +90,7 @@ def run(
     deadline = time.time() + limit_s
     recipe, asked = Recipe(preset, tuple(shlex.split(ours))), _methods(methods)
     numbers = {"--seeds": _numbers(seeds, "--seeds", 0), "--steps": _numbers(steps, "--steps", 1)}
-    folder = Path(out)
+    folder = _writable(Path(out))
     choosing = choice_works(recipe, [method for method in TRAINED if method in asked], folder / "choose")
     if only in (None, "choose"):
         finish(choosing, recipe, jobs, deadline)
@@ -207,6 +207,14 @@ def with_gains(cells: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         full = cell | {"gain": None if known else cell["knn"] - before}
         lines.append({name: full[name] for name in FIELDS} | {name: full[name] for name in full if name != "settings"})
     return lines
+
+
+def _writable(folder: Path) -> Path:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out {folder} cannot be made: {error.strerror}. Choose another.") from None
+    return folder
 
 
 def _methods(asked: str) -> list[str]:

@@ -258,8 +258,8 @@ def _spread(head: nn.Module, queries: Features) -> dict[str, float]:
 
 
 def _last_words(learned: Learned, run: Run) -> dict[str, Any]:
-    """What training says at its end: the divergence of student and teacher, beside the logarithm of the slots of a block. The
-    verdict is a seam: it stays None until the product gives one."""
+    """What training says at its end: the divergence of student from teacher, without the spreading term, beside the logarithm of
+    the slots of a block. The verdict is a seam: it stays None until the product gives one."""
     weight = run.config.loss.koleo_weight
     ends = [line["loss"] - weight * line["koleo"] - line["teacher_entropy"] for line in learned.measured["lines"][-LAST:]]
     return {"kl": statistics.mean(ends), "ln_s": math.log(run.resolved.block_size), "verdict": None}

@@ -9,7 +9,7 @@ from massl_ray.benches.peers import PEERS
 
 FIGURES = ("knn", "knn1", "linear", "lowshot", "knn_per_class", "gain", "rank", "spread", "kl", "seconds_per_step")
 SHARES = ("knn", "knn1", "linear", "lowshot", "gain")  # shown in percent
-BASELINES = ("pixels", "untrained")  # they take no steps: beside every number of steps
+BASELINES = {"pixels": "raw pixels", "untrained": "untrained, statistics adapted"}  # they take no steps, and stand beside all
 LOOKS = {
     "pixels": ("#9a9a9a", "_"),
     "untrained": ("#555555", "x"),
@@ -153,9 +153,10 @@ def draw(rows: Sequence[Row]) -> bytes:
                 color=colour,
                 marker=marker,
                 markersize=22 if method == "pixels" else 6,
+                markeredgewidth=1.8 if method in BASELINES else 1.0,
                 linestyle="none",
                 capsize=2,
-                label=None if method in BASELINES else method,
+                label=BASELINES.get(method, method),
             )
         axis.set(title=f"{steps} steps", xticks=range(len(names)), xticklabels=names, xlim=(-0.5, max(0.5, len(names) - 0.5)))
         axis.grid(axis="y", color="#dddddd", linewidth=0.6)
