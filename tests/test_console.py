@@ -194,6 +194,8 @@ SUMMARY = {
     "loss_final": 2.34567,
     "images_per_s": 99.6,
     "wall_s": 100.0,
+    "verdict": "dead",
+    "verdict_text": "At step 9 all is alike. Change it.",
     "knn_pixels": 0.5,
     "knn_untrained": 0.6,
     "knn_final": 0.8,
@@ -206,13 +208,15 @@ def test_finished(console, capsys, tmp_path):
     assert capsys.readouterr().out.splitlines() == [
         "Done      1,200 steps in 2 min, loss 2.346, 100 images/s",
         "k-NN      50.0% raw pixels, 60.0% untrained backbone, 80.0% trained",
+        "Verdict   dead. At step 9 all is alike. Change it.",
         f"Skipped   2 unreadable images, listed in {tmp_path / 'skipped.jsonl'}",
         f"Report    {tmp_path / 'report.html'}",
     ]
 
 
-def test_finished_without_knn(console, capsys, tmp_path):
-    console.finished(SUMMARY | {"knn_pixels": None, "knn_untrained": None, "knn_final": None}, tmp_path / "report.html")
+def test_finished_without_knn_and_verdict(console, capsys, tmp_path):
+    nothing = dict.fromkeys(("knn_pixels", "knn_untrained", "knn_final", "verdict", "verdict_text"))
+    console.finished(SUMMARY | nothing, tmp_path / "report.html")
     assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == ["Done", "Report"]
 
 

@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 
 from massl_ray.evaluation.records import read_records, tables
 from massl_ray.reporting.album import FOLDER, Album, data_url, read_album
-from massl_ray.reporting.summary import read_knn, read_metrics
+from massl_ray.reporting.summary import read_knn, read_metrics, read_verdict
 from massl_ray.training.run import write_atomically
 
 TURNING = re.compile("[\u200e\u200f\u202a-\u202e\u2066-\u2069\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")  # the latter are none of HTML's
@@ -78,7 +78,9 @@ def _head(run_dir: Path, config: dict[str, Any], lines: list[dict[str, Any]], kn
     trained = [record for record in knn if record["features"] not in names]
     figures += [(f"{trained[-1]['top1']:.1%}", f"k-NN, step {trained[-1]['step']:,}")] if trained else []
     cells = "".join(f"<div><b>{value}</b>{name}</div>" for value, name in figures)
-    return f"<h1>{text(run_dir.name)}</h1><p>{model}</p><div class='figures'>{cells}</div>"
+    finding = read_verdict(run_dir, lines)
+    verdict = f"<p class='note'>Verdict: {finding.verdict}. {text(finding.text)}</p>" if finding else ""
+    return f"<h1>{text(run_dir.name)}</h1><p>{model}</p>{verdict}<div class='figures'>{cells}</div>"
 
 
 def _charts(config: dict[str, Any], lines: list[dict[str, Any]], knn: list[dict[str, Any]]) -> str:

@@ -12,7 +12,7 @@ from typing import Literal
 
 from massl_ray.config import Config, load, to_toml
 from massl_ray.config.space import Point, at
-from massl_ray.reporting.summary import read_knn, read_metrics
+from massl_ray.reporting.summary import read_knn, read_metrics, read_verdict
 from massl_ray.training.checkpoint import list_checkpoints
 from massl_ray.training.run import write_atomically, write_json
 
@@ -65,6 +65,7 @@ class Row:
     steps: int
     effective_rank: float
     loss: float
+    verdict: str = ""  # of massl_ray.training.verdict; empty before the first step
 
     def metric(self, name: str) -> float:
         return getattr(self, name)
@@ -182,6 +183,7 @@ def row_of(root: Path, trial: Trial) -> Row:
     lines = read_metrics(folder)
     last = lines[-1] if lines else {}
     trained = [record for record in read_knn(folder) if record["features"] not in ("pixels", "untrained")]
+    finding = read_verdict(folder, lines) if lines else None
     return Row(
         trial,
         outcome.status if outcome else "waiting",
@@ -194,6 +196,7 @@ def row_of(root: Path, trial: Trial) -> Row:
         last.get("step", 0),
         float(last.get("effective_rank", math.nan)),
         float(last.get("loss", math.nan)),
+        str(finding.verdict) if finding else "",
     )
 
 
