@@ -52,7 +52,7 @@ def _train(run: "Run", started: float, lost: threading.Event) -> int:
 
     console, recorder = Console(run, SkippedImages(run.dir)), RunRecorder(run)
     mirror, gauges = None if run.folder.is_local else Mirror(run.dir, run.folder), RunGauges(run)
-    watch = Watch(run.config, run.dir)
+    watch = Watch(run.config.model_dump(), run.dir)
     console.plan()
 
     def follow(event: dict[str, Any]) -> None:

@@ -1,10 +1,10 @@
 """What ails a run while it trains, said once: the command's eye on what its workers tell."""
 
 from collections import deque
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from massl_ray.config import Config
 from massl_ray.reporting.summary import read_knn, read_metrics
 from massl_ray.training.verdict import WINDOW, Facts, Finding, Verdict, judge
 
@@ -13,12 +13,12 @@ class Watch:
     """Judges a run anew with every event. What it needs of long ago, where k-NN is measured, it reads from the run directory.
 
     Args:
-        config: the run's own, with every 'auto' filled in.
+        settings: the run's own by section, with every 'auto' filled in.
         folder: the run directory, in which an event is written down before `follow` sees it.
     """
 
-    def __init__(self, config: Config, folder: Path):
-        self.facts, self.folder = Facts.of(config.model_dump()), folder
+    def __init__(self, settings: Mapping[str, Any], folder: Path):
+        self.facts, self.folder = Facts.of(settings), folder
         self.recent: deque[dict[str, Any]] = deque(maxlen=WINDOW)
         self.said: set[Verdict] = {Verdict.HEALTHY}
 
