@@ -47,10 +47,12 @@ def _train(run: "Run", started: float, lost: threading.Event) -> int:
     from massl_ray.reporting.recorder import RunRecorder
     from massl_ray.reporting.skipped import SkippedImages
     from massl_ray.reporting.summary import write_summary
+    from massl_ray.reporting.watch import Watch
     from massl_ray.training.mirror import Mirror
 
     console, recorder = Console(run, SkippedImages(run.dir)), RunRecorder(run)
     mirror, gauges = None if run.folder.is_local else Mirror(run.dir, run.folder), RunGauges(run)
+    watch = Watch(run.config.model_dump(), run.dir)
     console.plan()
 
     def follow(event: dict[str, Any]) -> None:
@@ -58,6 +60,8 @@ def _train(run: "Run", started: float, lost: threading.Event) -> int:
         recorder.follow(event)
         console.follow(event)
         gauges.follow(event)
+        if said := watch.follow(event):
+            console.note(said)
         if mirror:
             mirror.push(at_most_every_s=30.0)
         if lost.is_set():

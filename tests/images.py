@@ -11,7 +11,7 @@ TINY = (
     "--config /dev/null --model.backbone test_vit --model.drop_path 0.1 --views.global_size 32 --views.local_size 16 "
     "--views.num_local 2 --head.hidden_dim 32 --head.dim 16 --memory.size 64 --memory.num_blocks 2 --train.global_batch_size 8 "
     "--train.micro_batch_size 2 --train.precision fp32 --train.checkpoint_every 4 --train.log_every 2 --eval.knn_every 0 "
-    "--monitor.min_spread 0"
+    "--monitor.min_spread 0 --monitor.min_kl 0"
 ).split()
 """Flags of a run that takes milliseconds a step."""
 

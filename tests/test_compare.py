@@ -9,7 +9,7 @@ import pytest
 from massl_ray import compare
 from massl_ray.config import load, to_toml
 from massl_ray.reporting.comparison import cautions, curve, distinct_names, figures, knn_curve, read_runs, settings_table
-from tests.helpers import metrics_line, older_line
+from tests.helpers import dead_lines, metrics_line, older_line
 from tests.images import TINY
 from tests.test_html import Page
 
@@ -85,6 +85,16 @@ def test_page_and_console_and_json(tmp_path, capsys):
     found = json.loads(capsys.readouterr().out)
     assert [run["finished"] for run in found["runs"]] == [True, False] and found["runs"][1]["last"]["step"] == 2
     assert found["runs"][0]["evaluations"][0]["value"] == 0.9 and found["differing_settings"] == {}
+
+
+def test_the_verdict_is_a_figure(tmp_path, capsys):
+    """Of a run that has ended and of one on its way."""
+    fine, dead = make_run(tmp_path / "fine"), make_run(tmp_path / "dead", 6, done=False)
+    (dead / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in dead_lines(20)))
+    runs = read_runs([fine, dead, make_run(tmp_path / "bare", 0, knn=False, done=False)])
+    assert [figures(run)["verdict"] for run in runs] == ["healthy", "dead", "-"]
+    assert compare.main([str(fine), str(dead), "--json"]) == 0
+    assert [run["verdict"] for run in json.loads(capsys.readouterr().out)["runs"]] == ["healthy", "dead"]
 
 
 def test_the_same_names_are_told_apart(tmp_path):

@@ -264,6 +264,7 @@ READ_ELSEWHERE = {
     "eval.crop": ("evaluation/features.py", "config.eval.crop"),
     "eval.max_images": ("training/run.py", "config.eval.max_images"),
     "monitor.min_spread": ("training/monitors.py", "self.config.min_spread"),
+    "monitor.min_kl": ("training/monitors.py", "self.config.min_kl"),
     "monitor.patience": ("training/monitors.py", "self.config.patience"),
     "elastic.min_workers": ("on_ray/layout.py", "config.elastic.min_workers"),
     "elastic.max_workers": ("on_ray/layout.py", "config.elastic.max_workers"),

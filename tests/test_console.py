@@ -200,6 +200,8 @@ SUMMARY = {
     "loss_final": 2.34567,
     "images_per_s": 99.6,
     "wall_s": 100.0,
+    "verdict": "dead",
+    "verdict_text": "At step 9 all is alike. Change it.",
     "knn_pixels": 0.5,
     "knn_untrained": 0.6,
     "knn_final": 0.8,
@@ -219,13 +221,15 @@ def test_finished(console, capsys, tmp_path):
         "k-NN      50.0% raw pixels; 60.0% untrained, statistics adapted; 80.0% trained: +20.0 points by training",
         "k = 1     85.0% raw pixels; 55.0% untrained, statistics adapted; 75.0% trained",
         "Note      Raw pixels are better than the trained backbone: 85.0% for 75.0% at k = 1.",
+        "Verdict   dead. At step 9 all is alike. Change it.",
         f"Skipped   2 unreadable images, listed in {tmp_path / 'skipped.jsonl'}",
         f"Report    {tmp_path / 'report.html'}",
     ]
 
 
-def test_finished_without_knn(console, capsys, tmp_path):
-    console.finished({key: None if key.startswith("knn") else value for key, value in SUMMARY.items()}, tmp_path / "report.html")
+def test_finished_without_knn_and_verdict(console, capsys, tmp_path):
+    nothing = {key: None if key.startswith(("knn", "verdict")) else value for key, value in SUMMARY.items()}
+    console.finished(nothing, tmp_path / "report.html")
     assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == ["Done", "Report"]
 
 

@@ -16,7 +16,8 @@ from PIL import Image
 from massl_ray.reporting import html
 from massl_ray.reporting.html import write_report
 from massl_ray.reporting.pictures import png_bytes, save_png
-from tests.helpers import metrics_line, older_line, photograph, smooth, tiny_run
+from massl_ray.training.verdict import ADVICE, Verdict
+from tests.helpers import dead_lines, metrics_line, older_line, photograph, smooth, tiny_run
 
 VOID = {"meta", "img", "link", "br", "hr", "input", "base"}
 
@@ -174,6 +175,15 @@ def test_images_without_classes(run_dir, tmp_path):
     page = Page(write_report(run_dir))
     assert "query" in page.texts and not [1 for _, attributes in span_tags(page) if attributes]
     assert "None" not in page.text.split("settings")[0]
+
+
+def test_the_verdict_is_at_the_top(run_dir, empty_charts):
+    write_lines(run_dir, *dead_lines(100))
+    said = Page(write_report(run_dir)).text
+    assert "Verdict: dead. At step 100 the run is dead" in said and ADVICE[Verdict.DEAD] in said
+    assert said.index("Verdict") < said.index("steps of 1,200")
+    write_lines(run_dir, *map(metrics_line, range(1, 101)))
+    assert "Verdict: healthy. At step 100 the student learns" in Page(write_report(run_dir)).text
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])

@@ -14,6 +14,7 @@ from massl_ray.training.collectives import Local
 from massl_ray.training.loop import Views, Wish, train
 from massl_ray.training.run import Run, prepare_run
 from massl_ray.training.state import build_state, from_tensors, state_sha256, to_tensors
+from massl_ray.training.verdict import ADVICE, Facts, Verdict, judge
 from tests.helpers import read
 from tests.images import TINY
 
@@ -94,7 +95,8 @@ def test_a_whole_run(make_run):
     assert recorder.lines[-1]["epoch"] == pytest.approx(9 * 8 / 48)
     assert sorted(recorder.saved) == [4, 6, 8, 9] and recorder.evaluated == [0, 6, 9]
     for line in recorder.lines:
-        assert line["kl"] == pytest.approx(line["loss"] - line["teacher_entropy"])
+        koleo = run.config.loss.koleo_weight * line["koleo"]
+        assert line["kl"] == pytest.approx(line["loss"] - koleo - line["teacher_entropy"])
         assert line["world_size"] == 1 and line["images_per_s"] > 0 and 0 <= line["data_wait"] <= 1
     assert recorder.lines[0]["loss"] != recorder.lines[-1]["loss"]
 
@@ -200,6 +202,36 @@ def test_collapse_is_named(make_run):
     outcome = start(run, recorder)
     assert (outcome.status, outcome.step) == ("collapsed", 6)
     assert max(recorder.saved) == 4 and recorder.calls[-1] == "done 5"
+
+
+MONITORED = ["--train.steps", "40", "--monitor.min_kl", "0.15", "--monitor.patience", "12"]
+
+
+def test_a_dead_run_is_stopped_and_says_what_to_change(make_run):
+    """A rate of a thousand times the usual one: real embeddings that become one point, real figures, soon after the warm-up."""
+    run, recorder = make_run(*MONITORED, "--optim.lr", "5"), Memo()
+    outcome = start(run, recorder)
+    assert outcome.status == "dead" and outcome.step <= 30 and ADVICE[Verdict.DEAD] in outcome.message
+    assert all(line["kl"] < 0.15 for line in recorder.lines if outcome.step - 12 < line["step"] <= outcome.step)
+    assert recorder.lines[outcome.step - 1]["embedding_std"] < 0.05 and max(recorder.saved) < outcome.step
+
+
+def test_a_living_run_is_left_alone(make_run):
+    """Forty steps of 48 images teach it little, which may be said, but nothing is wrong with its figures."""
+    run, recorder = make_run(*MONITORED), Memo()
+    assert start(run, recorder).status == "finished"
+    finding = judge(recorder.lines, [], Facts.of(run.config.model_dump()))
+    assert finding is not None and finding.verdict in (Verdict.HEALTHY, Verdict.SLOW)
+
+
+def test_koleo_is_nothing_that_the_student_could_learn(make_run):
+    """kl is the read-out's part of the loss less the teacher's entropy: it cannot be negative, whatever KoLeo adds."""
+    run, recorder = make_run("--train.steps", "4", "--loss.koleo_weight", "3"), Memo()
+    start(run, recorder)
+    for line in recorder.lines:
+        assert abs(line["koleo"]) > 0.01
+        assert line["kl"] == pytest.approx(line["loss"] - 3 * line["koleo"] - line["teacher_entropy"])
+        assert line["kl"] > 0
 
 
 def test_too_many_unreadable_images_end_the_run(make_run):

@@ -27,6 +27,7 @@ def write_trial(root: Path, name: str, size: int, blocks: int, seed: int, top1: 
     (folder / "eval").mkdir(parents=True)
     if top1 is not None:
         (folder / "metrics.jsonl").write_text(json.dumps(metrics_line(10)) + "\n")
+        (folder / "config.toml").write_text("memory = { size = 64, num_blocks = 2 }\ntrain = { steps = 10 }\n")
         record = {"features": "step_10", "step": 10, "top1": top1}
         (folder / "eval" / "knn_step_10.json").write_text(json.dumps(record))
     if status != "waiting":
@@ -52,6 +53,7 @@ def test_results(tmp_path, trials):
     rows = list(csv.DictReader((tmp_path / "results.csv").open()))
     assert len(rows) == 8 and list(rows[0])[:5] == ["trial", "memory.size", "memory.num_blocks", "run.seed", "status"]
     assert rows[3] | {"trial": "64-4-1", "memory.size": "64", "memory.num_blocks": "4", "run.seed": "1", "knn": "0.62"} == rows[3]
+    assert [row["verdict"] for row in rows] == ["healthy"] * 6 + [""] * 2
     assert (rows[6]["status"], rows[6]["cause"], rows[6]["knn"]) == ("failed", "<b>no</b> memory", "")
     table = pyarrow.parquet.read_table(tmp_path / "results.parquet")
     assert table["knn"].to_pylist() == [0.50, 0.52, 0.60, 0.62, 0.40, 0.42, None, None]
@@ -85,6 +87,7 @@ def test_the_page(tmp_path, trials):
         "k-NN accuracy on the way",
     ]
     assert "failed: <b>no</b> memory" in page.texts  # as text
+    assert page.texts.count("verdict") == 1 and page.texts.count("healthy") == 6
     assert {attributes["href"] for tag, attributes in page.tags if tag == "a"} == {
         f"trials/{trial.name}/report.html" for trial in trials[:6]
     }

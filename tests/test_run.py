@@ -261,6 +261,7 @@ def test_only_these_settings_are_free():
         "eval.crop",
         "eval.max_images",
         "monitor.min_spread",
+        "monitor.min_kl",
         "monitor.patience",
         "elastic.min_workers",
         "elastic.max_workers",

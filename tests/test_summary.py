@@ -9,7 +9,8 @@ import torch
 from massl_ray.reporting.summary import read_knn, read_metrics, write_summary
 from massl_ray.training.checkpoint import write_checkpoint
 from massl_ray.training.state import state_sha256
-from tests.helpers import metrics_line
+from massl_ray.training.verdict import ADVICE, Verdict
+from tests.helpers import dead_lines, metrics_line
 
 
 def tensors(step: int) -> dict[str, torch.Tensor]:
@@ -37,6 +38,7 @@ def run_dir(tmp_path) -> Path:
     write_lines(
         tmp_path, [metrics_line(step, images_per_s=float(rate)) for step, rate in zip((4, 8, 12), (10, 90, 40), strict=True)]
     )
+    (tmp_path / "config.toml").write_text("memory = { size = 64, num_blocks = 2 }\ntrain = { steps = 12 }\n")
     for step in (8, 12):
         write_checkpoint(tmp_path / "checkpoints", tensors(step), {}, keep=2)
     return tmp_path
@@ -57,6 +59,8 @@ def test_exactly_these_figures(run_dir):
         "knn1_final": 0.4,
         "knn_adapted": True,
         "knn_queries": 120,
+        "verdict": "healthy",
+        "verdict_text": "At step 12 it is too early to tell more than that all figures are finite.",
         "images_per_s": 40.0,  # the median
         "wall_s": 12.5,
         "state_sha256": state_sha256(tensors(12)),
@@ -64,6 +68,18 @@ def test_exactly_these_figures(run_dir):
     assert json.loads((run_dir / "summary.json").read_text()) == summary
     assert list(summary) == list(json.loads((run_dir / "summary.json").read_text()))
     assert state_sha256(tensors(12)) != state_sha256(tensors(8))
+
+
+def test_a_dead_run_is_no_success(run_dir):
+    write_lines(run_dir, dead_lines(20))
+    summary = write_summary(run_dir, run_dir / "checkpoints", wall_s=1.0)
+    assert (
+        summary["verdict"] == "dead"
+        and "the run is dead" in summary["verdict_text"]
+        and ADVICE[Verdict.DEAD] in summary["verdict_text"]
+    )
+    (run_dir / "config.toml").unlink()
+    assert write_summary(run_dir, run_dir / "checkpoints", wall_s=1.0)["verdict"] is None
 
 
 def test_without_knn(run_dir):

@@ -32,6 +32,7 @@ def shown(tmp_path, monkeypatch):
 
 def train(root, trial: Trial, step: int) -> None:
     folder_of(root, trial).mkdir(parents=True)
+    (folder_of(root, trial) / "config.toml").write_text("memory = { size = 64, num_blocks = 2 }\ntrain = { steps = 10 }\n")
     (folder_of(root, trial) / "metrics.jsonl").write_text(json.dumps(metrics_line(step) | {"loss": 1.5}) + "\n")
 
 
@@ -47,8 +48,8 @@ def test_lines(shown, tmp_path):
     train(tmp_path, TRIALS[0], 10)
     write_outcome(tmp_path, TRIALS[0], Outcome("finished", 1.0))
     assert shown(lambda: happen(tmp_path), terminal=False).splitlines() == [
-        "1-seed-0  finished in 12 s, 1.500: optim.lr 0.2",
-        "2-seed-0  failed in 3 s, -: optim.lr 0.4 (no such net)",
+        "1-seed-0  finished in 12 s, healthy, 1.500: optim.lr 0.2",
+        "2-seed-0  failed in 3 s, no verdict, -: optim.lr 0.4 (no such net)",
     ]
 
 
@@ -56,10 +57,10 @@ def test_terminal(shown, tmp_path):
     text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown(lambda: happen(tmp_path), terminal=True))
     last = [" ".join(line.split()) for line in text[text.rindex("trial  ") :].splitlines()]
     images = metrics_line(10)["images_seen"], metrics_line(5)["images_seen"]
-    assert last[0] == "trial settings state images loss"
+    assert last[0] == "trial settings state images loss verdict"
     assert last[1:5] == [
         "0-seed-0 optim.lr 0.1 waiting 0 -",
-        f"1-seed-0 optim.lr 0.2 finished in 12 s {images[0]:,} 1.500",
+        f"1-seed-0 optim.lr 0.2 finished in 12 s {images[0]:,} 1.500 healthy",
         "2-seed-0 optim.lr 0.4 failed in 3 s 0 -",
-        f"3-seed-0 optim.lr 0.8 running {images[1]:,} 1.500",
+        f"3-seed-0 optim.lr 0.8 running {images[1]:,} 1.500 healthy",
     ]

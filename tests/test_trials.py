@@ -32,6 +32,7 @@ from massl_ray.sweeping.trials import (
     write_trials,
 )
 from massl_ray.training.checkpoint import list_checkpoints, read_checkpoint, write_checkpoint
+from tests.helpers import dead_lines
 
 TRIAL = Trial("3-seed-1", {"memory.size": 512, "loss.teacher_temp": 0.05}, 1)
 
@@ -145,6 +146,9 @@ def test_a_row_is_read_off_the_files(tmp_path):
     found = row_of(tmp_path, TRIAL)
     assert found == Row(TRIAL, "failed", "it broke", 3.0, 32, 8000, 0.2, 100, 125, 125.0, 0.04, pytest.approx(7.5))
     assert (shown("gain", found.gain), shown("gain", math.nan), shown("knn", found.knn)) == ("+7.5 points", "-", "20.0%")
+    (folder / "config.toml").write_text("memory = { size = 64, num_blocks = 2 }\ntrain = { steps = 100 }\n")
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in dead_lines(20)))
+    assert (found.verdict, row_of(tmp_path, TRIAL).verdict) == ("", "dead")
     assert [found.measured_at(name) for name in ("knn", "loss", "effective_rank")] == [6400, 8000, 8000]
 
 

@@ -10,7 +10,6 @@ import math
 import statistics
 import time
 from collections.abc import Iterable
-from copy import deepcopy
 from dataclasses import asdict, dataclass
 from functools import cache
 from typing import Any
@@ -21,13 +20,13 @@ import torch
 from threadpoolctl import threadpool_limits
 from torch import Tensor, nn
 from torch.nn.functional import normalize
-from torch.nn.modules.batchnorm import _NormBase
 
 from massl_ray.benches.kept_views import made_batches, view_batches
 from massl_ray.benches.labelled_sets import LabelledSet
 from massl_ray.benches.peers import PEERS, Learned, train_peer
 from massl_ray.config import Config, fill, keys, load, resolve
 from massl_ray.errors import UserError
+from massl_ray.evaluation.adapted import adapt_statistics
 from massl_ray.evaluation.features import Features, backbone_features, pixel_features
 from massl_ray.evaluation.knn import knn_predict
 from massl_ray.evaluation.linear import linear
@@ -42,6 +41,7 @@ from massl_ray.training.collectives import Local
 from massl_ray.training.loop import Views, assemble
 from massl_ray.training.run import FREE_TO_CHANGE, Run
 from massl_ray.training.state import build_state, step_settings
+from massl_ray.training.verdict import Facts, judge
 
 VERSION = 1  # of how peers learn and how all are measured; a new one leaves no old cell valid
 METHODS = ("pixels", "untrained", "ours", *PEERS)
@@ -202,23 +202,6 @@ def untrained(run: Run) -> Learned:
         return Learned(backbone, adapt_statistics(encoder.head, [backbone(images) for images in batches]))
 
 
-@torch.no_grad()
-def adapt_statistics(module: nn.Module, batches: Iterable[Tensor]) -> nn.Module:
-    """A copy in evaluation mode whose running statistics are the means over `batches`, of what the module takes, of those of each
-    batch. A stand-in: massl_ray.evaluation.adapted is to have a function of this name that takes and gives the same."""
-    adapted = deepcopy(module).eval()
-    layers = [part for part in adapted.modules() if isinstance(part, _NormBase)]
-    usual = [layer.momentum for layer in layers]
-    for layer in layers:
-        layer.reset_running_stats()
-        layer.training, layer.momentum = True, None  # torch's way to ask for plain means
-    for batch in batches:
-        adapted(batch)
-    for layer, momentum in zip(layers, usual, strict=True):
-        layer.training, layer.momentum = False, momentum
-    return adapted
-
-
 def scores(bank: Features, queries: Features, classes: tuple[str, ...]) -> dict[str, float | None]:
     """The shares of the test images that neighbours classify rightly. None where the features are no numbers, as of a method that
     has run away."""
@@ -258,11 +241,17 @@ def _spread(head: nn.Module, queries: Features) -> dict[str, float]:
 
 
 def _last_words(learned: Learned, run: Run) -> dict[str, Any]:
-    """What training says at its end: the divergence of student from teacher, without the spreading term, beside the logarithm of
-    the slots of a block. The verdict is a seam: it stays None until the product gives one."""
-    weight = run.config.loss.koleo_weight
-    ends = [line["loss"] - weight * line["koleo"] - line["teacher_entropy"] for line in learned.measured["lines"][-LAST:]]
-    return {"kl": statistics.mean(ends), "ln_s": math.log(run.resolved.block_size), "verdict": None}
+    """What training says at its end: the divergence of student and teacher beside the logarithm of the slots of a read, and the
+    product's verdict on the run, which knows no labels here."""
+    config, resolved = run.config, run.resolved
+    lines = []
+    for step, measured in enumerate(learned.measured["lines"], 1):
+        kl = measured["loss"] - resolved.koleo_weight * measured["koleo"] - measured["teacher_entropy"]
+        known = {"step": step, "epoch": step * resolved.batch_size / resolved.dataset_size, "kl": kl}
+        lines.append(measured | known | {"teacher_temp": schedule_at(step - 1, config, resolved).teacher_temp})
+    finding = judge(lines, [], Facts.of(config.model_dump()))
+    kl = statistics.mean(line["kl"] for line in lines[-LAST:])
+    return {"kl": kl, "ln_s": math.log(resolved.read_size), "verdict": finding and str(finding.verdict)}
 
 
 def _noise(config: Config, step: int) -> Views:

@@ -246,10 +246,13 @@ class EvalSection(Section):
 
 
 class MonitorSection(Section):
-    """When a run counts as collapsed."""
+    """When a run counts as collapsed or dead, and is stopped."""
 
     min_spread: Annotated[float, Field(ge=0, le=1)] = 0.05
     """Embedding spread (1: evenly over the sphere, 0: one point) under which a step counts towards a collapse."""
+    min_kl: Annotated[float, Field(ge=0)] = 0.15
+    """What the student can still learn (`kl`, nats), under which a step counts towards a death, if the teacher tells images apart
+    hardly at all. 0: never."""
     patience: Annotated[int, Field(ge=1)] = 50
     """Such steps in a row that stop the run."""
 

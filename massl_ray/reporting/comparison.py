@@ -11,7 +11,7 @@ from typing import Any
 
 from massl_ray.config import keys, recorded_toml
 from massl_ray.errors import UserError
-from massl_ray.reporting.summary import read_knn, read_metrics
+from massl_ray.reporting.summary import read_knn, read_metrics, read_verdict
 from massl_ray.reporting.yardstick import gain, knn_summary
 from massl_ray.shown import in_a_line, redacted
 
@@ -29,6 +29,7 @@ class RunFiles:
     lines: Sequence[Mapping[str, Any]]  # metrics.jsonl
     knn: Sequence[Mapping[str, Any]]
     summary: Mapping[str, Any]
+    verdict: str  # a word; empty before the first step
     evaluations: Mapping[tuple[str, str, str], Mapping[str, Any]]  # (data, protocol, figure): value, low, high
 
     @property
@@ -69,6 +70,7 @@ def figures(run: RunFiles) -> dict[str, str]:
     return {
         "steps": steps + ("" if run.finished else " (unfinished)"),
         "images seen": f"{last['images_seen']:,}" if last else "0",
+        "verdict": run.verdict or NOTHING,
         "seed": str(run.settings["run.seed"]),
         "loss, last": _number(last.get("loss")),
         "k-NN, raw pixels": _percent(known["knn_pixels"]),
@@ -156,6 +158,7 @@ def as_json(runs: Sequence[RunFiles]) -> dict[str, Any]:
                 "name": run.name,
                 "folder": str(run.folder),
                 "finished": run.finished,
+                "verdict": run.verdict or None,
                 "last": dict(run.lines[-1]) if run.lines else None,
                 "knn": [dict(record) for record in run.knn],
                 "summary": dict(run.summary),
@@ -179,7 +182,9 @@ def _read(folder: Path, name: str) -> RunFiles:
         settings = keys(recorded_toml(config.read_text(), str(config)))
         summary = json.loads((folder / "summary.json").read_text()) if (folder / "summary.json").exists() else {}
         lines = [line for line in read_metrics(folder) if {"step", "images_seen"} <= line.keys()]
-        return RunFiles(name, folder, settings, lines, read_knn(folder), dict(summary), _evaluations(folder / "eval"))
+        finding = read_verdict(folder, lines)
+        verdict = str(finding.verdict) if finding else ""
+        return RunFiles(name, folder, settings, lines, read_knn(folder), dict(summary), verdict, _evaluations(folder / "eval"))
     except UserError:
         raise
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:

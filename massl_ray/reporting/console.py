@@ -34,6 +34,9 @@ class Console:
         self.rich.print(printable, markup=False)
         sys.stdout.flush()
 
+    def note(self, text: str) -> None:
+        self.say(f"Note      {text}")
+
     def plan(self) -> None:
         """Printed before anything starts."""
         run, resolved, config = self.run, self.run.resolved, self.run.config
@@ -109,7 +112,7 @@ class Console:
             self.say(f"Skipped   {in_a_line(image)}")
 
     def _on_note(self, event: dict[str, Any]) -> None:
-        self.say(f"Note      {event['text']}")
+        self.note(event["text"])
 
     def _on_failure(self, event: dict[str, Any]) -> None:
         self.say(event["text"])
@@ -131,6 +134,8 @@ class Console:
             f"{summary['loss_final']:.3f}, {summary['images_per_s']:.0f} images/s"
         )
         self._say_knn(summary)
+        if summary["verdict"]:
+            self.say(f"Verdict   {summary['verdict']}. {summary['verdict_text']}")
         if len(self.skipped):
             self.say(f"Skipped   {len(self.skipped):,} unreadable images, listed in {self.skipped.path}")
         self.say(f"Report    {report}")

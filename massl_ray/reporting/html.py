@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 
 from massl_ray.evaluation.records import read_records, tables
 from massl_ray.reporting.album import FOLDER, Album, data_url, read_album
-from massl_ray.reporting.summary import read_knn, read_metrics
+from massl_ray.reporting.summary import read_knn, read_metrics, read_verdict
 from massl_ray.reporting.yardstick import NAMES, gain, knn_summary, sentences, untrained_name
 from massl_ray.training.run import write_atomically
 
@@ -84,8 +84,10 @@ def _head(run_dir: Path, config: dict[str, Any], lines: list[dict[str, Any]], kn
     points = gain(known)
     figures += [] if points is None else [(f"{points:+.1f}", "points by training")]
     cells = "".join(f"<div><b>{value}</b>{name}</div>" for value, name in figures)
-    notes = "".join(f"<p class='note'>{text(sentence)}</p>" for sentence in sentences(known, config["eval"]["knn_k"]))
-    return f"<h1>{text(run_dir.name)}</h1><p>{model}</p><div class='figures'>{cells}</div>{notes}"
+    finding = read_verdict(run_dir, lines)
+    notes = f"<p class='note'>Verdict: {finding.verdict}. {text(finding.text)}</p>" if finding else ""
+    notes += "".join(f"<p class='note'>{text(sentence)}</p>" for sentence in sentences(known, config["eval"]["knn_k"]))
+    return f"<h1>{text(run_dir.name)}</h1><p>{model}</p>{notes}<div class='figures'>{cells}</div>"
 
 
 def _charts(config: dict[str, Any], lines: list[dict[str, Any]], knn: list[dict[str, Any]]) -> str:

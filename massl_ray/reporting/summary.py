@@ -1,6 +1,8 @@
 """summary.json: a finished run in a dozen figures, read off the files of its run directory."""
 
 import json
+import tomllib
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -9,17 +11,20 @@ from massl_ray.reporting.yardstick import knn_summary
 from massl_ray.storage import Place
 from massl_ray.training.checkpoint import list_checkpoints, read_manifest
 from massl_ray.training.run import write_json
+from massl_ray.training.verdict import Facts, Finding, judge
 
 
 def write_summary(run_dir: Path, checkpoints: Place, wall_s: float) -> dict[str, Any]:
     """Gather and write summary.json; `wall_s` is this command's time in seconds."""
     lines = read_metrics(run_dir)
-    last = lines[-1]
+    last, verdict = lines[-1], read_verdict(run_dir, lines)
     summary = {
         "steps": last["step"],
         "images_seen": last["images_seen"],
         "loss_final": last["loss"],
         **knn_summary(read_knn(run_dir), last["step"]),
+        "verdict": verdict and str(verdict.verdict),
+        "verdict_text": verdict and verdict.text,
         "images_per_s": median(line["images_per_s"] for line in lines),
         "wall_s": wall_s,
         "state_sha256": read_manifest(list_checkpoints(checkpoints)[-1])["state_sha256"],
@@ -44,3 +49,10 @@ def read_knn(run_dir: Path) -> list[dict[str, Any]]:
     """The k-NN records of eval/, by step; raw pixels first."""
     records = [json.loads(path.read_text()) for path in (run_dir / "eval").glob("knn_*.json")]
     return sorted(records, key=lambda record: (record["features"] != "pixels", record["step"]))
+
+
+def read_verdict(run_dir: Path, lines: Sequence[Mapping[str, Any]]) -> Finding | None:
+    """On a run, finished or not, by its files; `lines` are those of its metrics.jsonl. None where they do not tell."""
+    if not (run_dir / "config.toml").exists():
+        return None
+    return judge(lines, read_knn(run_dir), Facts.of(tomllib.loads((run_dir / "config.toml").read_text())))

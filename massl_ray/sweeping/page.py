@@ -289,10 +289,11 @@ def _trials(sweep: Sweep, rows: Sequence[Row]) -> str:
             f"{row.images_seen:,}",
             shown(metric, row.metric(metric)),
             shown("gain", row.gain),
+            text(row.verdict or "-"),
         ]
         name = f"<a href='{text(link)}'>{text(row.trial.name)}</a>" if row.status == "finished" else text(row.trial.name)
         lines += "<tr>" + "".join(f"<td>{cell}</td>" for cell in [name, *cells]) + "</tr>"
     names = ["trial", "settings", "seed", "state", "time", *(["cost"] if price else [])]
-    names += ["images", NAMES[metric], "k-NN over untrained"]
+    names += ["images", NAMES[metric], "k-NN over untrained", "verdict"]
     head = "".join(f"<th>{name}</th>" for name in names)
     return f"<h2>Trials</h2><table><tr>{head}</tr>{lines}</table>"

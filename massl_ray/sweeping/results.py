@@ -18,7 +18,7 @@ from massl_ray.sweeping.page import write_page
 from massl_ray.sweeping.trials import Row, Score, Trial, row_of, scores
 from massl_ray.training.run import write_atomically
 
-FIGURES = ("status", "cause", "seconds", "images_seen", "knn", "gain", "effective_rank", "loss")
+FIGURES = ("status", "cause", "seconds", "images_seen", "knn", "gain", "effective_rank", "loss", "verdict")
 
 
 def write_results(root: Path, sweep: Sweep, base: Config, trials: Sequence[Trial]) -> list[Score]:

@@ -53,16 +53,16 @@ class SweepTable:
                 self.told.add(row.trial.name)
                 cause = f" ({row.cause})" if row.cause else ""
                 value = shown(self.metric, row.metric(self.metric))
-                told = f"{row.trial.name}  {_state(row)}, {value}: {words(row.trial.point)}{cause}"
+                told = f"{row.trial.name}  {_state(row)}, {row.verdict or 'no verdict'}, {value}: {words(row.trial.point)}{cause}"
                 self.console.print(in_a_line(told), markup=False, soft_wrap=True)
 
     def _table(self, rows: Sequence[Row]) -> Table:
         table = Table(box=None, pad_edge=False)
-        for name in ("trial", "settings", "state", "images", self.metric.replace("_", " ")):
+        for name in ("trial", "settings", "state", "images", self.metric.replace("_", " "), "verdict"):
             table.add_column(name, justify="right" if name == "images" else "left")
         for row in rows:
             figure = shown(self.metric, row.metric(self.metric))
-            cells = (row.trial.name, words(row.trial.point), _state(row), f"{row.images_seen:,}", figure)
+            cells = (row.trial.name, words(row.trial.point), _state(row), f"{row.images_seen:,}", figure, row.verdict)
             table.add_row(*(Text(in_a_line(cell)) for cell in cells))
         return table
 

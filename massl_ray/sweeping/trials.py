@@ -12,7 +12,7 @@ from typing import Literal
 
 from massl_ray.config import Config, load, to_toml
 from massl_ray.config.space import Point, at
-from massl_ray.reporting.summary import read_knn, read_metrics
+from massl_ray.reporting.summary import read_knn, read_metrics, read_verdict
 from massl_ray.reporting.yardstick import gain, knn_summary
 from massl_ray.training.checkpoint import list_checkpoints
 from massl_ray.training.run import write_atomically, write_json
@@ -69,6 +69,7 @@ class Row:
     effective_rank: float
     loss: float
     gain: float = math.nan  # of knn, in percentage points over the untrained backbone
+    verdict: str = ""  # of massl_ray.training.verdict; empty before the first step
 
     def metric(self, name: str) -> float:
         return getattr(self, name)
@@ -188,6 +189,7 @@ def row_of(root: Path, trial: Trial) -> Row:
     records = read_knn(folder)
     trained = [record for record in records if record["features"] not in ("pixels", "untrained")]
     points = gain(knn_summary(records, trained[-1]["step"] if trained else None))
+    finding = read_verdict(folder, lines) if lines else None
     return Row(
         trial,
         outcome.status if outcome else "waiting",
@@ -201,6 +203,7 @@ def row_of(root: Path, trial: Trial) -> Row:
         float(last.get("effective_rank", math.nan)),
         float(last.get("loss", math.nan)),
         math.nan if points is None else points,
+        str(finding.verdict) if finding else "",
     )
 
 

@@ -31,7 +31,7 @@ class Views:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How training ended, the same on every worker: finished, resize, stopped, collapsed, non_finite or unreadable."""
+    """How training ended, the same on every worker: finished, resize, stopped, collapsed, dead, non_finite or unreadable."""
 
     status: str
     step: int
@@ -60,7 +60,7 @@ def train(run: Run, state: State, batches: Iterable[Views], collectives: Local |
     device = state.memory.rows.device
     settings = step_settings(config, resolved, device)
     pending = PendingMetrics(run, collectives.world_size)
-    monitor = HealthMonitor(config.monitor, resolved.read_size)
+    monitor = HealthMonitor(config.monitor, resolved.read_size, resolved.warmup_images / resolved.dataset_size)
     skipped = 0.0
     if state.step == 0:
         recorder.evaluate(state)
@@ -89,8 +89,8 @@ def train(run: Run, state: State, batches: Iterable[Views], collectives: Local |
             pending.skipped = []
             recorder.metrics(lines)
             for line in lines:
-                if verdict := monitor.judge(line["step"], line):
-                    return Outcome(verdict.status, line["step"], verdict.message)
+                if ending := monitor.judge(line["step"], line):
+                    return Outcome(ending.status, line["step"], ending.message)
             skipped += newly_skipped
             enough = pending.images_tried >= min(resolved.dataset_size, 1000)  # a share of a few images says nothing
             if enough and skipped > config.data.max_skipped * pending.images_tried:
@@ -159,6 +159,7 @@ class PendingMetrics:
         now = time.perf_counter()
         step_s = (now - self.since) / len(self.waiting)
         self.since = now
+        koleo_weight = self.run.config.loss.koleo_weight  # the loss has that term, too
         lines = []
         for (step, _, known), row in zip(self.waiting, values, strict=True):
             measured = dict(zip(METRICS, row, strict=True))
@@ -166,7 +167,7 @@ class PendingMetrics:
                 {"step": step}
                 | {key: value for key, value in known.items() if key != "waited_s"}
                 | measured
-                | {"kl": measured["loss"] - measured["teacher_entropy"]}
+                | {"kl": measured["loss"] - koleo_weight * measured["koleo"] - measured["teacher_entropy"]}
                 | {
                     "world_size": self.world_size,
                     "images_per_s": self.run.resolved.batch_size / step_s,
