@@ -125,7 +125,7 @@ def test_collapse_ends_all_workers_and_keeps_the_checkpoint(start):
         "--elastic.min_workers", "2", "--elastic.max_workers", "2",
     )  # fmt: skip
     assert (outcome.status, outcome.step) == ("collapsed", 5)
-    assert "have collapsed" in outcome.message and "memory.size" in outcome.message
+    assert "have collapsed" in outcome.message and "loss.koleo_weight" in outcome.message
     assert [path.name for path in list_checkpoints(run.checkpoints)] == ["step_4"]
 
 

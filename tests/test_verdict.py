@@ -166,6 +166,13 @@ def test_nothing_is_said_too_early():
     assert said(dead_lines(WINDOW + 3), facts=warm)[0] == Verdict.DEAD
 
 
+def test_a_teacher_that_tells_nothing_is_one_however_wide_its_embeddings():
+    """ln 32 is 3.466: a twentieth is 0.173. Spread 0.8 and rank 7 could tell 18 nats."""
+    wide = {"kl": 0.1, "embedding_std": 0.8}
+    assert said(lines(teacher_entropy=3.30, **wide))[0] == Verdict.DEAD
+    assert said(lines(teacher_entropy=3.29, **wide))[0] == Verdict.HEALTHY
+
+
 def test_a_death_says_its_figures_and_what_to_change():
     verdict, text = said(dead_lines(WINDOW))
     assert verdict == Verdict.DEAD and text.startswith("At step 20 the run is dead: student and teacher agree to 0.010 nats")
