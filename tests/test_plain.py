@@ -35,7 +35,7 @@ def test_step():
 
     One block, so that the two permutations do not matter.
     """
-    flags = "--memory.num_blocks 1 --model.drop_path 0 --train.micro_batch_size 8".split()
+    flags = "--loss.recipe paper --memory.num_blocks 1 --model.drop_path 0 --train.micro_batch_size 8".split()
     config = load([*TINY, *flags])
     resolved = resolve(config, 48)
     settings = replace(step_settings(config, resolved, torch.device("cpu")), dtype=torch.float64)
