@@ -20,6 +20,7 @@ from massl_ray.reporting.album import FOLDER, Album, data_url, read_album
 from massl_ray.reporting.summary import read_knn, read_metrics, read_verdict
 from massl_ray.reporting.yardstick import NAMES, gain, knn_summary, sentences, untrained_name
 from massl_ray.training.run import write_atomically
+from massl_ray.training.verdict import Facts
 
 TURNING = re.compile("[\u200e\u200f\u202a-\u202e\u2066-\u2069\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")  # the latter are none of HTML's
 PAGE = 16_000_000  # bytes of all pictures of `massl-ray visualize` in a page
@@ -94,7 +95,7 @@ def _charts(config: dict[str, Any], lines: list[dict[str, Any]], knn: list[dict[
     if not lines:
         return ""
     steps = [line["step"] for line in lines]
-    uniform = math.log(config["memory"]["size"] // config["memory"]["num_blocks"])
+    uniform = math.log(Facts.of(config).block_size)
 
     def curve(key: str) -> list[float]:
         return [line.get(key, math.nan) for line in lines]  # runs of old versions lack some
