@@ -49,7 +49,7 @@ def test_they_are_made_once(made, monkeypatch):
 
 def test_what_they_depend_on_has_a_place_of_its_own(made):
     images, run, folder = made
-    for which, flags in enumerate(((), ("--views.flip", "0"), ("--train.global_batch_size", "32"))):
+    for which, flags in enumerate(((), ("--views.flip", "0"), ("--train.global_batch_size", "128"))):
         batch = next(view_batches(run(0, *flags), images.content, 2))
         assert same(batch, next(made_batches(run(0, *flags), 0, 1))) and len(list(folder.iterdir())) == which + 1
     next(view_batches(run(1), images.content, 2))
