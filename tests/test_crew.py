@@ -39,7 +39,7 @@ class Pretender:
             raise RuntimeError("connection closed by peer")
         if act == "full":
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
-        return asdict(Outcome(act, 7, f"{life} {failures} {place.rank}/{place.world_size} {place.address} {place.gpu}"))
+        return asdict(Outcome(act, 7, f"{life} {failures} {place.rank}/{place.world_size} {place.meeting} {place.gpu}"))
 
 
 class Stillborn(Pretender):

@@ -50,7 +50,6 @@ def run(device: torch.device, rounds: int = 5, photos: str | None = None) -> dic
     from massl_ray.on_ray.cluster import cluster
 
     torch.set_num_threads(1)
-    os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # a cluster of our own, on loopback
     with TemporaryDirectory() as folder, cluster():
         root = Path(folder)
         source = write_photographs(root / "photographs", PHOTOGRAPHS, photos)

@@ -16,7 +16,7 @@ from massl_ray.data.making import ViewMaker
 from massl_ray.training.loop import Views
 from massl_ray.training.run import Run
 
-KEPT = 200  # steps whose views are kept on disk; those after them are made anew each time
+KEPT = 2000  # steps whose views are kept on disk, up to 2 GB a set and seed; those after them are made anew each time
 ABANDONED_S = 3600.0  # after which nobody is still writing
 COLUMNS = ("global_views", "local_views")
 

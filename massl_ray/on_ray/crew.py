@@ -157,10 +157,10 @@ class Crew:
     def _set_out(self, ready: Sequence[tuple[Candidate, tuple[int, str]]]) -> None:
         self.stillborn, self.results = 0, {}
         life, self.failures = ray.get(self.telemetry.begin.remote())
-        (_, (_, address)), *_ = ready
+        (_, (_, meeting)), *_ = ready
         for rank, (candidate, (pid, _)) in enumerate(ready):
             self.announce({"kind": "placed", "rank": rank, "node": candidate.seat.node, "pid": pid})
-            place = Place(rank, len(ready), address, candidate.seat.gpu)
+            place = Place(rank, len(ready), meeting, candidate.seat.gpu)
             call = candidate.engine.live.remote(self.run, self.telemetry, self.layout, life, self.failures, place)
             self.members.append((candidate.seat, candidate.engine))
             self.calls[call] = rank

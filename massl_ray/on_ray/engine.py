@@ -7,10 +7,13 @@ engine more than needed waits. An engine that leaves a life in good order keeps 
 import gc
 import os
 import socket
+import uuid
 from typing import Any
 
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from massl_ray.on_ray.knobs import MEETINGS
 
 
 class Engine:
@@ -31,7 +34,7 @@ class Engine:
         self.remains = Remains(feeder)
 
     def report(self) -> tuple[int, str]:
-        """That it is there: its process id, and where the workers of a life may meet, as host:port, if this is the first."""
+        """That it is there: its process id, and where the workers of a life may meet if this is the first."""
         return os.getpid(), meeting_place()
 
     def live(self, run: Any, telemetry: Any, layout: Any, life: int, failures: int, place: Any) -> dict[str, Any]:
@@ -48,7 +51,10 @@ def start_engine(node: str) -> Any:
 
 
 def meeting_place() -> str:
-    """A free port of this machine, as host:port."""
+    """Where workers may meet, as torch.distributed's init_method: a free port of this machine, or on a cluster of our own a file
+    that does not exist yet. A port would be open to all who reach the machine."""
+    if folder := os.environ.get(MEETINGS):
+        return f"file://{folder}/{uuid.uuid4().hex}"
     with socket.socket() as free:
         free.bind(("", 0))
-        return f"{ray.util.get_node_ip_address()}:{free.getsockname()[1]}"
+        return f"tcp://{ray.util.get_node_ip_address()}:{free.getsockname()[1]}"

@@ -16,6 +16,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from massl_ray.on_ray.cluster import environment, guard
 from massl_ray.on_ray.knobs import HEAD
 
 HEAD_ID, HEAD_TYPE = "f" * 51 + "00000", "ray.head.default"  # what the provider calls the head
@@ -46,8 +47,9 @@ class FakeCloud:
         config.write_text(json.dumps(_launcher_file(self.address, self.capacity, max_machines, idle_s)))
         plain = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
         path = os.pathsep.join([os.path.dirname(sys.executable), os.environ.get("PATH", "")])  # jobs say `python`
-        ours = {"RAY_AUTH_MODE": "disabled", "RAY_API_SERVER_ADDRESS": self.dashboard, "PATH": path, MARK: self.mark}
-        self.environment = plain | ours
+        self.guard = guard()
+        guarded = {name: value for name, value in self.guard.items() if value is not None}
+        self.environment = plain | guarded | {"RAY_API_SERVER_ADDRESS": self.dashboard, "PATH": path, MARK: self.mark}
         command = [
             *ray_command("start", "--head", "--block", "--num-cpus=0", "--disable-usage-stats", "--node-ip-address=127.0.0.1"),
             f"--port={gcs}", f"--dashboard-port={dashboard}", f"--dashboard-agent-listen-port={agent}",
@@ -71,7 +73,8 @@ class FakeCloud:
         """Ids of the machines that live, without the head."""
         from ray._raylet import GcsClient  # pyright: ignore[reportAttributeAccessIssue]
 
-        nodes = GcsClient(address=self.address).get_all_node_info(timeout=10)
+        with environment(self.guard):
+            nodes = GcsClient(address=self.address).get_all_node_info(timeout=10)
         return [node.node_id.hex() for node in nodes.values() if node.state == 0 and not node.is_head_node]
 
     def kill(self, machine: str) -> None:

@@ -5,6 +5,9 @@ for a worker group that can no longer be placed.
 """
 
 import os
+import sys
+
+LOOPBACK = "lo0" if sys.platform == "darwin" else "lo"
 
 QUIET = {
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
@@ -30,6 +33,17 @@ ALONE = {
     "RAY_TRAIN_ENABLE_STATE_ACTOR_RECONCILIATION": "0",  # polls for that page
 }
 """On one of our own, which has no dashboard."""
+
+MEETINGS = "MASSL_RAY_MEETINGS"  # the folder in which workers meet, on a cluster of our own
+
+PRIVATE = {
+    "AUTOSCALER_METRIC_PORT": "-1",  # no port: Ray writes that down in its log, and goes on
+    "DASHBOARD_METRIC_PORT": "-1",
+    "RAY_enable_metrics_collection": "0",
+    "GLOO_SOCKET_IFNAME": LOOPBACK,  # collectives go over connections that ask for no token
+    "NCCL_SOCKET_IFNAME": LOOPBACK,
+}
+"""Of a cluster of our own, which is one machine: without the three servers of metrics that answer whoever asks."""
 
 HEAD = {
     "health_check_initial_delay_ms": 1000,

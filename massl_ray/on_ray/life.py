@@ -65,8 +65,7 @@ def meet(run: Run, device: torch.device, place: Place) -> Local | Distributed | 
     workers = Local()
     if place.world_size > 1:
         backend = "nccl" if device.type == "cuda" else "gloo"
-        meeting = f"tcp://{place.address}"
-        dist.init_process_group(backend, init_method=meeting, rank=place.rank, world_size=place.world_size, timeout=timeout)
+        dist.init_process_group(backend, init_method=place.meeting, rank=place.rank, world_size=place.world_size, timeout=timeout)
         workers = Distributed(run.resolved.num_micro_batches, timeout)
     return Exact(workers, run.resolved.num_micro_batches) if run.config.elastic.exact else workers
 

@@ -17,5 +17,5 @@ class Place:
 
     rank: int
     world_size: int
-    address: str  # where the workers meet, as host:port
+    meeting: str  # where the workers meet, as torch.distributed's init_method: tcp://HOST:PORT or file://PATH
     gpu: str | None

@@ -13,6 +13,7 @@ from typing import Any
 import ray
 from ray.cluster_utils import Cluster
 
+from massl_ray.on_ray.cluster import private
 from massl_ray.on_ray.knobs import HEAD, QUIET, set_knobs
 from massl_ray.on_ray.launch import run_workers
 from massl_ray.reporting.recorder import RunRecorder
@@ -112,11 +113,12 @@ def practice_cluster(num_machines: int, *, fast: bool = True) -> Iterator[Practi
         set_knobs()
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
-    cluster = PracticeCluster(num_machines, fast=fast)
-    try:
-        yield cluster
-    finally:
-        cluster.close()
+    with private():
+        cluster = PracticeCluster(num_machines, fast=fast)
+        try:
+            yield cluster
+        finally:
+            cluster.close()
 
 
 def run_through(

@@ -46,11 +46,11 @@ def train_here(arguments: dict[str, Any]) -> dict[str, Any]:
     telemetry, layout = arguments["telemetry"], arguments["layout"]
     rank, world_size = ray.train.get_context().get_world_rank(), ray.train.get_context().get_world_size()
     begun = (*ray.get(telemetry.begin.remote()), meeting_place()) if rank == 0 else None
-    life, failures, address = cast(Any, broadcast_from_rank_zero(begun))
+    life, failures, meeting = cast(Any, broadcast_from_rank_zero(begun))
     seat = _seat(layout.use_gpu)
     try:
         telemetry.announce.remote(life, {"kind": "placed", "rank": rank, "node": seat.node, "pid": os.getpid()})
-        place = Place(rank, world_size, address, seat.gpu)
+        place = Place(rank, world_size, meeting, seat.gpu)
         outcome = live(ray.get(arguments["run"][0]), telemetry, layout, life, failures, place, Remains(start_feeder()))
     except Exception as error:
         ray.get(telemetry.announce.remote(life, failure_event(rank, error)))  # before this process ends
