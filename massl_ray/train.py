@@ -46,7 +46,7 @@ def _train(run: "Run", started: float, lost: threading.Event) -> int:
     from massl_ray.reporting.html import write_report
     from massl_ray.reporting.recorder import RunRecorder
     from massl_ray.reporting.skipped import SkippedImages
-    from massl_ray.reporting.summary import write_summary
+    from massl_ray.reporting.summary import FINISHED, write_summary
     from massl_ray.reporting.watch import Watch
     from massl_ray.training.mirror import Mirror
 
@@ -67,17 +67,22 @@ def _train(run: "Run", started: float, lost: threading.Event) -> int:
         if lost.is_set():
             raise UserError(f"run.dir: another run took over {run.folder}. This one is stopped.")
 
+    def summarize(status: str) -> dict[str, Any] | None:
+        return write_summary(run.dir, run.checkpoints, time.monotonic() - started, status)
+
     try:
         with cluster():
             outcome = run_workers(run, follow)
-        if outcome.status == "finished":
+        summary = summarize(outcome.status)
+        if summary and outcome.status == FINISHED:
             console.close()
-            console.finished(write_summary(run.dir, run.checkpoints, time.monotonic() - started), write_report(run.dir))
+            console.finished(summary, write_report(run.dir))
             return 0
         print("\n".join(map(in_a_line, f"massl-ray: {redacted(outcome.message)}".split("\n"))), file=sys.stderr)
         return 1
     except Stopped as stopped:
         console.close()
+        summarize("stopped")
         console.say(f"Stopped. Run the same command again to continue from the last checkpoint in {run.checkpoints}.")
         return 128 + stopped.signum
     finally:

@@ -35,6 +35,13 @@ def evaluation(folder: Path, step: int | None, value: float) -> None:
     (folder / "eval" / f"evaluation_x{step}_d.json").write_text(json.dumps(record))
 
 
+def test_a_run_that_ended_early_is_unfinished_whatever_its_summary(tmp_path):
+    folder = make_run(tmp_path / "one", 3)
+    assert figures(read_runs([folder])[0])["steps"] == "3"
+    (folder / "summary.json").write_text(json.dumps({"status": "dead", "steps": 3, "wall_s": 61.0}))
+    assert figures(read_runs([folder])[0])["steps"] == "3 (unfinished)"
+
+
 def test_figures_settings_and_curves(tmp_path):
     one = make_run(tmp_path / "one")
     two = make_run(tmp_path / "two", 3, "--memory.size", "128", "--optim.lr", "0.1", done=False, knn=False)

@@ -48,6 +48,7 @@ def test_exactly_these_figures(run_dir):
     write_knn(run_dir, pixels=0.5, untrained=0.6, step_8=0.7, step_12=0.8)
     summary = write_summary(run_dir, run_dir / "checkpoints", wall_s=12.5)
     assert summary == {
+        "status": "finished",
         "steps": 12,
         "images_seen": 96,
         "loss_final": pytest.approx(2.8),
@@ -80,6 +81,17 @@ def test_a_dead_run_is_no_success(run_dir):
     )
     (run_dir / "config.toml").unlink()
     assert write_summary(run_dir, run_dir / "checkpoints", wall_s=1.0)["verdict"] is None
+
+
+def test_a_run_that_was_stopped_between_two_checkpoints(run_dir):
+    write_lines(run_dir, [metrics_line(step) for step in (12, 13)])
+    summary = write_summary(run_dir, run_dir / "checkpoints", wall_s=1.0, status="stopped")
+    assert (summary["status"], summary["steps"], summary["state_sha256"]) == ("stopped", 13, None)
+
+
+def test_nothing_is_written_of_a_run_without_a_step(run_dir):
+    write_lines(run_dir, [])
+    assert write_summary(run_dir, run_dir / "checkpoints", 1.0, "failed") is None and not (run_dir / "summary.json").exists()
 
 
 def test_without_knn(run_dir):

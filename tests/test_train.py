@@ -113,6 +113,7 @@ def test_interrupted_and_run_again(tmp_path):
             break
     printed += first.stdout.readlines()
     assert first.wait() == 130, "".join(printed)
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["status"] == "stopped"
     assert "Run the same command again" in printed[-1]
     saved = max(int(path.name.removeprefix("step_")) for path in (tmp_path / "run" / "checkpoints").glob("step_*"))
     assert 0 < saved < 200

@@ -11,7 +11,7 @@ from typing import Any
 
 from massl_ray.config import keys, recorded_toml
 from massl_ray.errors import UserError
-from massl_ray.reporting.summary import read_knn, read_metrics, read_verdict
+from massl_ray.reporting.summary import FINISHED, read_knn, read_metrics, read_verdict
 from massl_ray.reporting.yardstick import gain, knn_summary
 from massl_ray.shown import in_a_line, redacted
 
@@ -38,7 +38,8 @@ class RunFiles:
 
     @property
     def finished(self) -> bool:
-        return bool(self.lines) and self.summary.get("steps") == self.lines[-1]["step"]
+        ended = self.summary.get("status", FINISHED) == FINISHED  # summaries of 0.1.0's first days have none
+        return ended and bool(self.lines) and self.summary.get("steps") == self.lines[-1]["step"]
 
 
 def read_runs(folders: Sequence[Path]) -> list[RunFiles]:

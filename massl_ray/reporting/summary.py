@@ -1,4 +1,4 @@
-"""summary.json: a finished run in a dozen figures, read off the files of its run directory."""
+"""summary.json: a run that has ended, however it did, in a dozen figures read off the files of its run directory."""
 
 import json
 import tomllib
@@ -13,12 +13,18 @@ from massl_ray.training.checkpoint import list_checkpoints, read_manifest
 from massl_ray.training.run import write_json
 from massl_ray.training.verdict import Facts, Finding, judge
 
+FINISHED = "finished"
 
-def write_summary(run_dir: Path, checkpoints: Place, wall_s: float) -> dict[str, Any]:
-    """Gather and write summary.json; `wall_s` is this command's time in seconds."""
+
+def write_summary(run_dir: Path, checkpoints: Place, wall_s: float, status: str = FINISHED) -> dict[str, Any] | None:
+    """Gather and write summary.json; `wall_s` is this command's time in seconds, `status` that of the run's Outcome. None, and no
+    file, where no step was taken."""
     lines = read_metrics(run_dir)
+    if not lines:
+        return None
     last, verdict = lines[-1], read_verdict(run_dir, lines)
     summary = {
+        "status": status,
         "steps": last["step"],
         "images_seen": last["images_seen"],
         "loss_final": last["loss"],
@@ -27,10 +33,17 @@ def write_summary(run_dir: Path, checkpoints: Place, wall_s: float) -> dict[str,
         "verdict_text": verdict and verdict.text,
         "images_per_s": median(line["images_per_s"] for line in lines),
         "wall_s": wall_s,
-        "state_sha256": read_manifest(list_checkpoints(checkpoints)[-1])["state_sha256"],
+        "state_sha256": _hash_at(last["step"], checkpoints),
     }
     write_json(run_dir / "summary.json", summary)
     return summary
+
+
+def _hash_at(step: int, checkpoints: Place) -> str | None:
+    """Of the state after that step; None where the newest checkpoint is of another one, or there is none."""
+    saved = list_checkpoints(checkpoints)
+    manifest = read_manifest(saved[-1]) if saved else {}
+    return manifest["state_sha256"] if manifest.get("step") == step else None
 
 
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
