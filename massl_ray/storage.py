@@ -1,7 +1,9 @@
 """A folder on this machine's disk or at a URI: the little that images, checkpoints, locks and mirrors ask of a file system."""
 
+import errno
 import os
 import shutil
+import stat
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -97,7 +99,7 @@ class Folder:
         """`size` bytes from `offset` on, or all there are; of a file at a URI only these are fetched. Without a name, the folder
         is taken for a file."""
         if self.is_local:
-            with open(os.path.join(self.uri, name) if name else self.uri, "rb") as file:
+            with open(os.path.join(self.uri, name) if name else self.uri, "rb", opener=regular_only) as file:
                 file.seek(offset)
                 return file.read() if size is None else file.read(size)
         if size is None and not offset:
@@ -223,6 +225,15 @@ def _replace(target: Path, fill: Callable[[Path], object]) -> None:
         aside.replace(target)
     finally:
         aside.unlink(missing_ok=True)  # still there only where something failed
+
+
+def regular_only(path: str, flags: int) -> int:
+    """An opener for `open` that takes no device, pipe or socket, which may have no end or keep a reader waiting. Raises OSError."""
+    descriptor = os.open(path, flags | os.O_NONBLOCK)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, "it is no regular file", path)
+    return descriptor
 
 
 def to_disk(path: Path) -> None:

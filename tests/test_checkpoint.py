@@ -25,6 +25,7 @@ from massl_ray.training.checkpoint import (
     CheckpointWriter,
     Damaged,
     NotSaved,
+    _rescue_folder,
     list_checkpoints,
     read_checkpoint,
     read_latest,
@@ -285,7 +286,7 @@ def test_files_are_on_disk_before_they_are_renamed_and_before_others_are_dropped
     write_checkpoint(tmp_path, tensors(8), {}, 1, lambda step: happened.append(f"publish {step}"))
     assert sorted(happened[:2]) == [f"to_disk .unfinished_8/{name}" for name in (MANIFEST, STATE)]
     assert happened[2:6] == ["to_disk .unfinished_8", "publish 8", "rename .unfinished_8", "to_disk ."]
-    assert happened[6:] == [f"delete step_4/{MANIFEST}", "delete step_4"]
+    assert happened[6:] == [f"delete step_4/{MANIFEST}", f"delete step_4/{STATE}", "delete step_4"]
 
 
 def test_elsewhere_the_manifest_comes_last(monkeypatch):
@@ -582,7 +583,7 @@ def test_a_place_that_comes_back(tmp_path, notes):
 def rescue_dir(tmp_path, monkeypatch):
     (tmp_path / "tmp").mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
-    return tmp_path / "tmp" / "massl-ray-rescue"
+    return tmp_path / "tmp" / f"massl-ray-rescue-{os.getuid()}"
 
 
 def test_what_cannot_be_saved_is_rescued(tmp_path, rescue_dir, notes):
@@ -606,12 +607,49 @@ def test_what_cannot_be_saved_is_rescued(tmp_path, rescue_dir, notes):
 
 
 def test_where_nothing_can_be_rescued(tmp_path, rescue_dir, notes):
-    rescue_dir.touch()
+    rescue_dir.parent.rmdir()
     (tmp_path / "run").touch()
     writer = CheckpointWriter(tmp_path / "run" / "checkpoints", 2, notes.append, pauses_s=(100.0,))
     writer.save(tensors(4), {})
-    with pytest.raises(NotSaved, match=rf"Nor to {rescue_dir}/\w+/checkpoints: (Not a directory|File exists)\. Free or mend one"):
+    with pytest.raises(NotSaved, match=f"Nor to {rescue_dir.parent}: No such file or directory. Free or mend one"):
         writer.close(patience_s=50)
+
+
+@pytest.mark.parametrize("trap", ["a link", "open to others"])
+def test_a_rescue_folder_that_somebody_else_may_have_made_is_not_used(tmp_path, rescue_dir, notes, trap):
+    if trap == "a link":
+        (tmp_path / "elsewhere").mkdir(mode=0o700)
+        rescue_dir.symlink_to(tmp_path / "elsewhere")
+    else:
+        rescue_dir.mkdir(mode=0o777)
+        rescue_dir.chmod(0o777)
+    (tmp_path / "run").touch()
+    writer = CheckpointWriter(tmp_path / "run" / "checkpoints", 2, notes.append, pauses_s=(100.0,))
+    writer.save(tensors(4), {})
+    with pytest.raises(NotSaved, match=f"It is in {rescue_dir}-"):
+        writer.close(patience_s=50)
+    assert not list(rescue_dir.iterdir())
+    (made,) = rescue_dir.parent.glob(f"{rescue_dir.name}-*")
+    assert made.stat().st_mode & 0o777 == 0o700 and same(read_checkpoint(next(made.glob("*/*/step_4")))[0], tensors(4))
+
+
+def test_the_rescue_folder_is_closed_to_others(rescue_dir):
+    assert _rescue_folder() == _rescue_folder() == rescue_dir and rescue_dir.stat().st_mode & 0o777 == 0o700
+
+
+def test_clean_up_leaves_what_is_not_its_own(tmp_path):
+    """An archive behind a link, and somebody's notes."""
+    folder, archive = tmp_path / "checkpoints", tmp_path / "archive"
+    write_checkpoint(archive, tensors(1), {}, keep=1)
+    (folder / "step_99").mkdir(parents=True)
+    (folder / "step_99" / "notes.txt").write_text("mine")
+    (folder / "step_1").symlink_to(archive / "step_1")
+    for step in (2, 3, 99, 100, 101):
+        write_checkpoint(folder, tensors(step), {}, keep=1)
+    assert same(read_checkpoint(archive / "step_1")[0], tensors(1)) and (folder / "step_1").is_symlink()
+    assert (folder / "step_99" / "notes.txt").read_text() == "mine"
+    assert [path.name for path in sorted(folder.iterdir())] == ["step_1", "step_101", "step_99"]
+    assert [path.name for path in (folder / "step_99").iterdir()] == ["notes.txt"]
 
 
 def test_storage_that_hangs_does_not_hold_up_the_end(rescue_dir, storage, notes, monkeypatch):

@@ -1,8 +1,12 @@
 """The clouds' endpoints: what is a notice, when it ends, and what is no answer."""
 
+import socketserver
+import threading
+import time
+
 import pytest
 
-from massl_ray.on_ray.clouds import Aws, Azure, Gcp, NoAnswer, Notice, find_source
+from massl_ray.on_ray.clouds import ANSWER_S, Aws, Azure, Gcp, NoAnswer, Notice, find_source
 from tests.clouds import AwsCloud, AzureCloud, GcpCloud, action, event, events, served
 
 
@@ -132,3 +136,29 @@ def test_auto_finds_the_cloud_that_answers(name):
     cloud, source = PAIRS[name]
     with cloud() as cloud:
         assert type(find_source("auto", cloud.url)) is source
+
+
+def test_an_endpoint_that_drips_holds_nobody():
+    """A byte every 50 ms, each within the time that a byte may take."""
+    over = threading.Event()
+
+    class Drip(socketserver.BaseRequestHandler):
+        def handle(self):
+            self.request.sendall(b"HTTP/1.1 200 OK\r\nX-Slow: ")
+            while not over.wait(0.05):
+                try:
+                    self.request.sendall(b"x")
+                except OSError:
+                    return
+
+    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), Drip) as server:
+        server.daemon_threads = True
+        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+        try:
+            started = time.monotonic()
+            with pytest.raises(NoAnswer):
+                Aws(f"http://127.0.0.1:{server.server_address[1]}").probe()
+            assert time.monotonic() - started < ANSWER_S + 20
+        finally:
+            over.set()
+            server.shutdown()

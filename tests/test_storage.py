@@ -206,3 +206,16 @@ def test_google_is_not_waited_for_a_quarter_of_an_hour(monkeypatch, uri, asked):
     monkeypatch.setattr(module, "FileSystem", type("Fake", (), {"from_uri": staticmethod(seen.append)}))
     module._connect.__wrapped__(uri)
     assert seen == [asked]
+
+
+@pytest.mark.parametrize("kind", ["pipe", "device"])
+def test_what_may_have_no_end_is_not_read(tmp_path, kind):
+    """A pipe would keep the reader waiting; /dev/zero would fill the memory."""
+    if kind == "pipe":
+        os.mkfifo(tmp_path / "image.png")
+    else:
+        (tmp_path / "image.png").symlink_to("/dev/zero")
+    with pytest.raises(OSError, match="it is no regular file"):
+        Folder(tmp_path).read_bytes("image.png")
+    with pytest.raises(OSError, match="it is no regular file"):
+        Folder(tmp_path / "image.png").read_bytes()

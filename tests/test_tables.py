@@ -65,6 +65,15 @@ def test_a_row_may_only_point_to_a_file(tmp_path):
             images.read(sample)
 
 
+@pytest.mark.parametrize("path", ["/etc/hostname", "../secret.png", "sub/../../secret.png", "file:///etc/hostname"])
+def test_a_row_does_not_lead_out_of_its_folder(tmp_path, path):
+    (tmp_path / "secret.png").write_bytes(IMAGES[0])
+    (tmp_path / "table" / "sub").mkdir(parents=True)
+    pq.write_table(pa.table({"photo": [{"bytes": None, "path": path}]}), tmp_path / "table/a.parquet")
+    with pytest.raises(ValueError, match="lies outside the table's own folder and is not read"):
+        open_source(f"{tmp_path}/table/a.parquet").read(0)
+
+
 def schema(**kinds: pa.DataType) -> pa.Schema:
     return pa.schema(list(kinds.items()))
 

@@ -61,10 +61,21 @@ class Rows(Parts):
         if isinstance(value, dict):
             value, path = value["bytes"], value["path"]
         if value is None and path:
-            return (self.folder if not os.path.isabs(path) else Folder(os.path.dirname(path))).read_bytes(path)
+            return self.folder.read_bytes(_below(self.folder, path))
         if value is None:
             raise ValueError("there is no image in this row")
         return value
+
+
+def _below(folder: Folder, path: str) -> str:
+    """The path as one below the folder. Raises ValueError for one that leads elsewhere: a table from a stranger must not make a run
+    read this machine's other files."""
+    root = os.path.abspath(folder.uri) if folder.is_local else "/"
+    inside = os.path.relpath(os.path.normpath(os.path.join(root, path)), root)
+    leads_elsewhere = "://" in path or inside.split("/")[0] == ".." or (os.path.isabs(path) and not folder.is_local)
+    if leads_elsewhere:
+        raise ValueError(f"the row names {path[:200]!r}, which lies outside the table's own folder and is not read")
+    return inside
 
 
 class SavedRows(Rows):

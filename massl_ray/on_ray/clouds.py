@@ -2,9 +2,12 @@
 
 import http.client
 import json
+import socket
+import threading
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
@@ -95,14 +98,27 @@ class Source(ABC):
     ) -> Reply:
         # http.client, since urllib would send this through the machine's web proxy, which cannot know about this machine
         connection = http.client.HTTPConnection(urlsplit(self.url).netloc, timeout=timeout_s)
+        late = threading.Event()  # the time-out above is between bytes: an endpoint that drips would hold the watcher
+
+        def hang_up() -> None:
+            late.set()
+            with suppress(OSError):
+                connection.sock.shutdown(socket.SHUT_RDWR)
+
+        watch = threading.Timer(timeout_s, hang_up)
         try:
+            connection.connect()
+            watch.start()
             connection.request(method, path, headers=headers)
             response = connection.getresponse()
             reply = Reply(response.status, response.headers, response.read(1 << 20).decode("utf-8", "replace").strip())
         except (OSError, http.client.HTTPException, UnicodeError) as error:
             raise NoAnswer(f"The {self.cloud} metadata endpoint at {self.url} does not answer ({error!r}).") from error
         finally:
+            watch.cancel()
             connection.close()
+        if late.is_set():
+            raise NoAnswer(f"The {self.cloud} metadata endpoint at {self.url} takes longer than {timeout_s:g} s to answer.")
         if reply.status not in statuses or (reply.status == 200 and not reply.text):
             raise self._unreadable(f"{method} {path}: status {reply.status}, {len(reply.text)} characters")
         return reply

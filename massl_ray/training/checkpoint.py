@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import socket
+import stat
 import sys
 import tempfile
 import threading
@@ -139,14 +140,27 @@ class CheckpointWriter:
     def _rescue(self, tensors: Mapping[str, Tensor], facts: Mapping[str, Any], error: str) -> str:
         """Write the state under the temporary folder, in a place that is the same for every attempt of one run."""
         run = hashlib.sha256(str(self.folder).encode()).hexdigest()[:12]
-        folder = Path(tempfile.gettempdir()) / "massl-ray-rescue" / run / "checkpoints"
         failed = f"Checkpoint of step {int(tensors['step'])} could not be written to {self.folder}: {error}."
         try:
-            rescued = write_checkpoint(folder, tensors, facts, keep=1)
+            rescued = write_checkpoint(_rescue_folder() / run / "checkpoints", tensors, facts, keep=1)
         except Exception as second:
-            return f"{failed} Nor to {folder}: {reason(second)}. Free or mend one of them and run again from the last checkpoint."
+            nor = f"Nor to {tempfile.gettempdir()}: {reason(second)}."
+            return f"{failed} {nor} Free or mend one of them and run again from the last checkpoint."
         where = f"It is in {rescued} on {socket.gethostname()}"
         return f"{failed} {where}: copy that folder into {self.folder}, then start the run again."
+
+
+def _rescue_folder() -> Path:
+    """A folder under the temporary one, where anybody may make what they like, that only this user can enter: the same one each
+    time, unless somebody else was there first."""
+    folder = Path(tempfile.gettempdir()) / f"massl-ray-rescue-{os.getuid()}"
+    try:
+        folder.mkdir(mode=0o700)
+    except FileExistsError:
+        found = folder.lstat()  # of a link itself
+        if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o077:
+            return Path(tempfile.mkdtemp(prefix=f"{folder.name}-"))
+    return folder
 
 
 def write_checkpoint(
@@ -169,8 +183,10 @@ def write_checkpoint(
     """
     folder, step = Folder(folder), int(tensors["step"])
     for name in folder.entries():
-        if name.startswith(UNFINISHED) or (step_of(name) is not None and MANIFEST not in (folder / name).entries()):
+        if name.startswith(UNFINISHED) and not _is_link(folder, name):
             folder.delete(name)
+        elif step_of(name) is not None and MANIFEST not in (folder / name).entries():
+            _discard(folder, name)
     manifest = json.dumps({"format": FORMAT, "step": step, **facts, "state_sha256": state_sha256(tensors)}, indent=2)
     if folder.is_local:
         _write_local(folder.path, step, tensors, manifest, before_publish)
@@ -230,7 +246,7 @@ def read_latest(folder: Place) -> tuple[dict[str, Tensor], dict[str, Any]] | Non
 def _write_local(
     folder: Path, step: int, tensors: Mapping[str, Tensor], manifest: str, before_publish: Callable[[int], None]
 ) -> None:
-    target, unfinished = folder / f"step_{step}", folder / f"{UNFINISHED}{step}"
+    target, unfinished, before = folder / f"step_{step}", folder / f"{UNFINISHED}{step}", folder / f"{UNFINISHED}{step}_before"
     unfinished.mkdir(parents=True)
     _save(tensors, unfinished / STATE)
     (unfinished / MANIFEST).write_text(manifest)
@@ -239,10 +255,16 @@ def _write_local(
     to_disk(unfinished)
     before_publish(step)
     if target.exists():  # the same step again, after a roll-back
-        target.rename(folder / f"{UNFINISHED}{step}_before")
+        target.rename(before)
     unfinished.rename(target)
     to_disk(folder)
-    shutil.rmtree(folder / f"{UNFINISHED}{step}_before", ignore_errors=True)
+    if before.is_symlink():
+        before.unlink()
+    elif before.exists():
+        for file in before.iterdir():
+            if file.name not in (MANIFEST, STATE):  # somebody's notes
+                file.rename(target / file.name)
+        shutil.rmtree(before, ignore_errors=True)
 
 
 def _write_remote(
@@ -262,8 +284,22 @@ def _drop_old(folder: Folder, step: int, keep: int) -> None:
     kept = ours[-keep:] + _best(ours)
     for checkpoint in written:
         if checkpoint not in kept:
-            checkpoint.delete(MANIFEST)  # first, so that half a deletion is not taken for damage
-            folder.delete(checkpoint.name)
+            _discard(folder, checkpoint.name)
+
+
+def _discard(folder: Folder, name: str) -> None:
+    """Delete the files of a checkpoint, and its folder where nothing else is in it; a link to a folder elsewhere stays with all
+    that it leads to."""
+    if _is_link(folder, name):
+        return
+    for file in (MANIFEST, STATE):  # the manifest first, so that half a deletion is not taken for damage
+        (folder / name).delete(file)
+    if not (folder / name).entries():
+        folder.delete(name)
+
+
+def _is_link(folder: Folder, name: str) -> bool:
+    return folder.is_local and (folder.path / name).is_symlink()
 
 
 def _best(checkpoints: list[Folder]) -> list[Folder]:
