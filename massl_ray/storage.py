@@ -90,7 +90,7 @@ class Folder:
     def read_text(self, name: str) -> str:
         """UTF-8 text. Raises UnicodeDecodeError where it is none."""
         if self.is_local:
-            return (self.path / name).read_bytes().decode()
+            return self.read_bytes(name).decode()
         with self._opened(name) as (system, path), system.open_input_stream(path, compression=None) as stream:
             data = stream.read()
         return data.decode()

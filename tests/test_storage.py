@@ -219,3 +219,5 @@ def test_what_may_have_no_end_is_not_read(tmp_path, kind):
         Folder(tmp_path).read_bytes("image.png")
     with pytest.raises(OSError, match="it is no regular file"):
         Folder(tmp_path / "image.png").read_bytes()
+    with pytest.raises(OSError, match="it is no regular file"):
+        Folder(tmp_path).read_text("image.png")
